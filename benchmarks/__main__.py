@@ -1,0 +1,106 @@
+"""`python -m benchmarks --out DIR [--quick] [--only PART]…`: measure, print the table, keep the JSON.
+
+Exits 0 when all that was asked for was measured, whether or not goals are met: a goal missed on a busy machine is no
+defect, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from benchmarks import figures as told
+from benchmarks.report import document, table, write
+from benchmarks.rounds import (
+    measure_boundaries,
+    measure_imports,
+    measure_planning,
+    measure_restores,
+    measure_saves,
+)
+from benchmarks.settings import FULL, QUICK, Settings
+
+_PARTS: Final = ("imports", "planning", "boundaries", "restores", "saves")
+_MOUNT: Final = Path("/dev/shm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    settings = QUICK if options.quick else FULL
+    parts = [part for part in _PARTS if not options.only or part in options.only]
+    load = os.getloadavg()
+    if load[0] > 1.0 and not options.quick:
+        _say(f"the machine is busy (load {load[0]:.1f}): trust ratios, not times")
+    directory = Path(tempfile.mkdtemp(prefix="resilience-bench-", dir=_MOUNT if _MOUNT.is_dir() else None))
+    measured: dict[str, Any] = {}
+    figures: list[told.Figure] = []
+    try:
+        for part in parts:
+            measured[part], more = _PART[part](settings, directory, options)
+            figures = more + figures  # told the other way round: saves first
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    write(options.out, document(settings, figures, measured, load), figures)
+    Console(width=None if sys.stdout.isatty() else 160).print(table(figures))
+    _say(f"kept in {options.out}/figures.json")
+    return 0
+
+
+def _imports(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found, said = measure_imports(settings, _say)
+    return found, told.import_figures(found, said)
+
+
+def _planning(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_planning(settings, _say)
+    return found, told.planning_figures(found)
+
+
+def _boundaries(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_boundaries(settings, directory, _say)
+    return found, told.boundary_figures(found)
+
+
+def _restores(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_restores(settings, directory, _say)
+    return found, told.restore_figures(found)
+
+
+def _saves(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_saves(settings, directory, _say, with_nvrx=not options.without_nvrx)
+    return found, told.save_figures(found)
+
+
+_Part = Callable[[Settings, Path, argparse.Namespace], tuple[Any, list[told.Figure]]]
+_PART: Final[dict[str, _Part]] = {
+    "imports": _imports,
+    "planning": _planning,
+    "boundaries": _boundaries,
+    "restores": _restores,
+    "saves": _saves,
+}
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory for figures.json and figures.txt")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, its figures say nothing")
+    parser.add_argument("--only", action="append", choices=_PARTS, help="measure only this part (repeatable)")
+    parser.add_argument("--without-nvrx", action="store_true", help="do not make an environment for NVRx")
+    return parser.parse_args(arguments)
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

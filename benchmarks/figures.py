@@ -1,0 +1,199 @@
+"""Which figures are told, against what each is held, and which goals they have to reach.
+
+Pure: from the samples of a run to figures with verdicts. `shard` bytes are per rank after the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.series import Series
+
+__all__ = [
+    "Figure",
+    "Goal",
+    "boundary_figures",
+    "import_figures",
+    "planning_figures",
+    "restore_figures",
+    "save_figures",
+]
+
+Samples = Mapping[str, Series]
+
+_SHORTER = "times shorter stall than"
+_SOONER = "times sooner committed on one node than"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on the median of the ratio, or of the seconds where nothing is compared."""
+
+    kind: Literal["at most", "at least"]
+    value: float
+
+    def __str__(self) -> str:
+        return f"{'≤' if self.kind == 'at most' else '≥'} {self.value:g}"
+
+    def met_by(self, value: float) -> bool:
+        return value <= self.value if self.kind == "at most" else value >= self.value
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table: `ours`, what it is held `against`, the ratio of both, the goal."""
+
+    name: str
+    what: str
+    ours: Series
+    against: str = ""
+    base: Series | None = None
+    ratio: Series | None = None
+    goal: Goal | None = None
+    more_is_better: bool = False
+    problem: str = ""  # why the goal is missed whatever the numbers say
+
+    @property
+    def worse_ratio(self) -> float | None:
+        """The ratio at the bad end: 19 of 20 rounds were at least as good."""
+        if self.ratio is None:
+            return None
+        return self.ratio.p5 if self.more_is_better else self.ratio.p95
+
+    @property
+    def met(self) -> bool | None:
+        """None if there is no goal."""
+        if self.goal is None:
+            return None
+        return not self.problem and self.goal.met_by((self.ratio or self.ours).median)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "what": self.what,
+            "ours_s": self.ours.to_json(),
+            "against": self.against,
+            "base_s": self.base.to_json() if self.base else None,
+            "ratio": self.ratio.to_json() if self.ratio else None,
+            "goal": str(self.goal) if self.goal else None,
+            "met": self.met,
+            "problem": self.problem,
+        }
+
+
+def _times(
+    name: str, what: str, ours: Series, against: str, base: Series, at_most: float | None = None, problem: str = ""
+) -> Figure:
+    """Ours as a multiple of a limit."""
+    goal = None if at_most is None else Goal("at most", at_most)
+    return Figure(name, what, ours, against, base, ours / base, goal, problem=problem)
+
+
+def _faster(name: str, what: str, ours: Series, against: str, base: Series, at_least: float | None = None) -> Figure:
+    """How many times faster than another ours is."""
+    goal = None if at_least is None else Goal("at least", at_least)
+    return Figure(name, what, ours, against, base, base / ours, goal, more_is_better=True)
+
+
+def save_figures(found: Samples) -> list[Figure]:
+    """`found`: seconds by measure, as `rounds.measure_saves` gives them."""
+    memcpy, gloo = found["memcpy"], found["gloo"]
+    stall, committed = found["ours_replicated.stall"], found["ours_replicated"]
+    network = gloo + memcpy
+    figures = [
+        _times("stall", "stall of a replicated save", stall, "memcpy", memcpy, 1.15),
+        _times(
+            "stall_in_flight", "the same, the save before still in flight", found["ours_in_flight.stall"], "memcpy",
+            memcpy,
+        ),
+        _times(
+            "local_committed", "save without replication committed", found["ours_local"], "memcpy + hash",
+            memcpy + found["hash"], 1.5,
+        ),
+        _times(
+            "replicated_idle", "2-fold save committed on both nodes, training idle", committed, "gloo + memcpy",
+            network, 1.3,
+        ),
+        _times(
+            "replicated_device_bound", "the same, steps and boundaries going on", found["ours_device_bound"],
+            "gloo + memcpy", network, 1.3,
+        ),
+        _faster("torch_save", _SHORTER, stall, "torch.save", found["torch_save"]),
+        _faster("dcp_save", _SHORTER, stall, "DCP save", found["dcp_save"]),
+        _faster("dcp_async_stall", _SHORTER, stall, "DCP async_save, stall", found["dcp_async.stall"]),
+        _faster("dcp_async_committed", _SOONER, found["ours_local"], "DCP async_save, committed",
+                found["dcp_async"]),
+    ]  # fmt: skip
+    if "nvrx_replicated" in found:
+        nvrx = found["nvrx_replicated"]
+        figures += [
+            _faster("nvrx_local", _SOONER, found["ours_local"], "NVRx local", found["nvrx_local"]),
+            _faster("nvrx_stall", _SHORTER, stall, "NVRx, 2-fold", nvrx, 25.0),
+            _faster(
+                "nvrx_committed", "times sooner committed on both nodes than", committed, "NVRx, 2-fold", nvrx, 5.0
+            ),
+            _faster("nvrx_async_stall", _SHORTER, stall, "NVRx async, 2-fold, stall", found["nvrx_async.stall"]),
+        ]
+    return figures
+
+
+def restore_figures(found: Mapping[str, Samples]) -> list[Figure]:
+    """`found`: by "<state>/<where>", the state being `in_place` or `adam`, where `own` or `peer`.
+
+    A rank gets the whole replicated state back, which is two shards.
+    """
+    figures = []
+    for state, words in (("in_place", "state in memory that was touched"), ("adam", "two thirds into new memory")):
+        own, peer = found[f"{state}/own"], found[f"{state}/peer"]
+        goals = (1.7, 1.3) if state == "in_place" else (None, None)
+        figures += [
+            _times(
+                f"restore_own_{state}", f"restore from the own node, new process; {words}", own["seconds"],
+                "memcpy + hash of as much", (own["memcpy"] + own["hash"]).times(2), goals[0],
+            ),
+            _times(
+                f"restore_peer_{state}", f"restore from a peer, new process; {words}", peer["seconds"],
+                "gloo one way + memcpy of as much", peer["gloo_one_way"] + peer["memcpy"].times(2), goals[1],
+            ),
+        ]  # fmt: skip
+    return figures
+
+
+def boundary_figures(found: Mapping[int, Samples]) -> list[Figure]:
+    """`found`: by number of processes, `bare` and `wrapped` seconds per step and seconds of the `boundary` alone."""
+    return [
+        Figure(
+            f"boundary_{size}", f"a boundary without a save, {size} processes; the ratio is of whole steps",
+            samples["boundary"], "the loop without the trainer", samples["bare"], samples["wrapped"] / samples["bare"],
+        )
+        for size, samples in found.items()
+    ]  # fmt: skip
+
+
+def planning_figures(found: Mapping[int, Samples]) -> list[Figure]:
+    """`found`: by number of ranks, seconds to `decode` the records and to `plan`."""
+    totals = {ranks: samples["decode"] + samples["plan"] for ranks, samples in found.items()}
+    figures = []
+    for ranks, total in totals.items():
+        half = totals.get(ranks // 2)
+        what = f"election and retrieval plan, {ranks:,} ranks × 3 saves, one core"
+        against = "" if half is None else "twice the time of half the ranks"
+        base = None if half is None else half.times(2)
+        figures.append(Figure(f"planning_{ranks}", what, total, against, base, None if base is None else total / base))
+    largest = max(totals)
+    figures.append(
+        Figure("planning", f"the same at {largest:,} ranks, in seconds", totals[largest], goal=Goal("at most", 1.0))
+    )
+    return figures
+
+
+def import_figures(found: Samples, said: list[str]) -> list[Figure]:
+    """`found`: seconds of `torch` alone, then with `resilience`, and with the `names` that a script imports."""
+    torch, problem = found["torch"], f"it warns: {said[0][:200]}" if said else ""
+    return [
+        _times("import", "import torch, resilience", found["resilience"], "import torch", torch, 1.05, problem),
+        _times("import_names", "import torch, and ResilientTrainer from resilience", found["names"], "import torch",
+               torch, None, problem),
+    ]  # fmt: skip

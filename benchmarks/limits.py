@@ -1,0 +1,73 @@
+"""What the machine can do: copy the same bytes, hash them, send them over the network both ways at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch.distributed.distributed_c10d import PrefixStore
+
+from benchmarks.rank import Place, timed
+from resilience.stores.digest import segments
+from resilience.stores.filesystem import PosixFileSystem
+
+__all__ = ["Limits"]
+
+
+class Limits:
+    """Warm buffers of a shard's size: the source in ordinary memory, like live tensors; the targets on the mount."""
+
+    def __init__(self, place: Place) -> None:
+        nbytes = place.settings.shard_bytes
+        files = PosixFileSystem()
+        self._source = torch.full((nbytes,), place.rank + 1, dtype=torch.uint8)
+        paths = [place.directory / f"{name}-{place.rank}.buffer" for name in ("out", "in")]
+        self._mapped = [files.create_mapping(path, nbytes) for path in paths]
+        for path in paths:
+            files.unlink(path)  # the mapping stays
+        self._out, self._in = (torch.frombuffer(mapped.view, dtype=torch.uint8) for mapped in self._mapped)
+        self._segments = list(segments(nbytes))
+        self._rank = place.rank
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._group: Any = dist.ProcessGroupGloo(
+            PrefixStore("benchmark-links", store), place.rank, place.size, timedelta(seconds=120)
+        )
+
+    def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
+        return {"memcpy": self.memcpy, "hash": self.hash, "gloo": self.gloo, "gloo_one_way": self.gloo_one_way}
+
+    def memcpy(self) -> dict[str, Any]:
+        """A warm copy of one shard's bytes, on all ranks at once."""
+        return {"seconds": timed(lambda: self._out.copy_(self._source))}
+
+    def hash(self) -> dict[str, Any]:
+        """xxh3-128 of the shard, segment by segment."""
+        view = self._mapped[0].view
+        return {"seconds": timed(lambda: [xxhash.xxh3_128_digest(view[a:b]) for a, b in self._segments])}
+
+    def gloo(self) -> dict[str, Any]:
+        """The shard to the peer and the peer's here: all receives, then all sends posted, waited for in order."""
+        return {"seconds": timed(lambda: _wait(self._receive() + self._send()))}
+
+    def gloo_one_way(self) -> dict[str, Any]:
+        """Two shards' bytes from rank 0 to rank 1, as a rank that lost its node fetches them."""
+        way = self._send if self._rank == 0 else self._receive
+        return {"seconds": timed(lambda: _wait(way() + way()))}
+
+    def _receive(self) -> list[Any]:
+        return [self._group.recv([self._in[a:b]], 1 - self._rank, 1) for a, b in self._segments]
+
+    def _send(self) -> list[Any]:
+        return [self._group.send([self._out[a:b]], 1 - self._rank, 1) for a, b in self._segments]
+
+    def close(self) -> None:
+        self._group.abort()
+
+
+def _wait(works: list[Any]) -> None:
+    for work in works:
+        work.wait()

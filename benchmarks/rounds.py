@@ -1,0 +1,126 @@
+"""Which measures are taken in which order: ours and the others in turn, in every round, so that drift hits all alike.
+
+A sample is what the slowest rank took.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.crew import Crew
+from benchmarks.imports import import_seconds
+from benchmarks.nvrx_env import nvrx_python
+from benchmarks.planning import plan_seconds
+from benchmarks.series import Series
+from benchmarks.settings import Settings
+
+__all__ = ["measure_boundaries", "measure_imports", "measure_planning", "measure_restores", "measure_saves"]
+
+Say = Callable[[str], None]
+
+_SAVES: Final = (
+    "memcpy", "ours_local", "torch_save", "ours_replicated", "gloo", "hash", "dcp_save", "ours_device_bound",
+    "dcp_async", "ours_in_flight",
+)  # fmt: skip
+_NVRX: Final = ("nvrx_local", "nvrx_replicated", "nvrx_async")
+
+
+def measure_saves(settings: Settings, directory: Path, say: Say, *, with_nvrx: bool) -> dict[str, Series]:
+    """Seconds by measure; `<measure>.stall` where the training thread's wait is another number."""
+    python, reason = nvrx_python() if with_nvrx else ("", "left out")
+    if reason:
+        say(f"NVRx is not compared: {reason}")
+    with ExitStack() as crews:
+        saves = crews.enter_context(Crew("saves", settings, directory / "saves"))
+        order = [(saves, measure) for measure in _SAVES]
+        if python:
+            nvrx = crews.enter_context(Crew("nvrx", settings, directory / "nvrx", python=python))
+            order += [(nvrx, measure) for measure in _NVRX]
+        found: dict[str, list[float]] = defaultdict(list)
+        for number in range(-settings.warmups, settings.rounds):
+            say(f"saves: round {number + 1} of {settings.rounds}" if number >= 0 else "saves: warm-up")
+            turn = number % len(order)  # who follows whom changes from round to round
+            for crew, measure in order[turn:] + order[:turn]:
+                slowest = _slowest(crew.ask(measure))
+                for key, seconds in slowest.items() if number >= 0 else ():
+                    found[measure if key == "seconds" else f"{measure}.{key}"].append(seconds)
+    return _as_series(found)
+
+
+def measure_restores(settings: Settings, directory: Path, say: Say) -> dict[str, dict[str, Series]]:
+    """By "<state>/<where>": seconds of the restore, and of the limits in the same processes."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for state in ("in_place", "adam"):
+        place = directory / f"restores-{state}"
+        options = {"state": state}
+        with Crew("restores", settings, place, options=options) as crew:
+            crew.ask("prepare")
+        for number in range(settings.restores):
+            for where in ("own", "peer"):
+                say(f"restore: {state}, {where}, {number + 1} of {settings.restores}")
+                if where == "peer":  # node 1 comes empty
+                    shutil.rmtree(place / "node1")
+                for key, seconds in _one_restore(settings, place, options).items():
+                    found[f"{state}/{where}"][key].append(seconds)
+        shutil.rmtree(place)
+    return {name: _as_series(samples) for name, samples in found.items()}
+
+
+def _one_restore(settings: Settings, place: Path, options: Mapping[str, Any]) -> dict[str, float]:
+    with Crew("restores", settings, place, options=options) as crew:
+        before = _slowest(crew.ask("limits", repeat=3))
+        restored = _slowest(crew.ask("restore"))
+        after = _slowest(crew.ask("limits", repeat=3))
+    return restored | {key: (before[key] + after[key]) / 2 for key in before}
+
+
+def measure_boundaries(settings: Settings, directory: Path, say: Say) -> dict[int, dict[str, Series]]:
+    """By number of processes: seconds per step without and with the trainer, and of each boundary."""
+    found = {}
+    blocks = 5
+    steps = -(-settings.boundary_steps // blocks)
+    for size in settings.boundary_processes:
+        say(f"boundaries: {size} processes")
+        samples: dict[str, list[float]] = defaultdict(list)
+        with Crew("boundaries", settings, directory / f"boundaries-{size}", size=size) as crew:
+            for block in range(-1, blocks):
+                bare = _slowest(crew.ask("bare", steps=steps))
+                wrapped = crew.ask("wrapped", steps=steps)
+                if block < 0:
+                    continue
+                samples["bare"].append(bare["step"])
+                samples["wrapped"].append(max(each["step"] for each in wrapped))
+                samples["boundary"] += [max(each) for each in zip(*(one["boundaries"] for one in wrapped), strict=True)]
+        found[size] = _as_series(samples)
+    return found
+
+
+def measure_planning(settings: Settings, say: Say) -> dict[int, dict[str, Series]]:
+    """By number of ranks: seconds to decode the records and to plan."""
+    found = {}
+    for ranks in settings.planning_ranks:
+        say(f"planning: {ranks} ranks")
+        seconds = plan_seconds(ranks)
+        found[ranks] = {key: Series((seconds[key],)) for key in ("decode", "plan")}
+    return found
+
+
+def measure_imports(settings: Settings, say: Say) -> tuple[dict[str, Series], list[str]]:
+    """Seconds by what is imported, and what that said on standard error."""
+    say("imports")
+    seconds, said = import_seconds(settings.imports)
+    return _as_series(seconds), said
+
+
+def _slowest(answers: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    answers = list(answers)
+    return {key: max(float(answer[key]) for answer in answers) for key in answers[0]}
+
+
+def _as_series(samples: Mapping[str, Iterable[float]]) -> dict[str, Series]:
+    return {key: Series(tuple(each)) for key, each in samples.items()}

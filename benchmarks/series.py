@@ -1,0 +1,54 @@
+"""Samples of one quantity, one per round, and what is said of them: median, 5th and 95th percentile.
+
+Ratios are formed round by round, before the median: what slowed the machine down in a round slowed both sides.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Series"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """At least one sample, in the order of the rounds."""
+
+    samples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError("a series needs at least one sample")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def p95(self) -> float:
+        """The sample that at least 95 % of all do not exceed."""
+        return sorted(self.samples)[math.ceil(0.95 * len(self.samples)) - 1]
+
+    @property
+    def p5(self) -> float:
+        """The sample that at least 95 % of all reach."""
+        return sorted(self.samples)[len(self.samples) - math.ceil(0.95 * len(self.samples))]
+
+    def __add__(self, other: Series) -> Series:
+        return self._with(other, lambda mine, theirs: mine + theirs)
+
+    def __truediv__(self, other: Series) -> Series:
+        return self._with(other, lambda mine, theirs: mine / theirs)
+
+    def times(self, factor: float) -> Series:
+        return Series(tuple(sample * factor for sample in self.samples))
+
+    def to_json(self) -> dict[str, float | Sequence[float]]:
+        return {"median": self.median, "p5": self.p5, "p95": self.p95, "samples": self.samples}
+
+    def _with(self, other: Series, combine: Callable[[float, float], float]) -> Series:
+        pairs = zip(self.samples, other.samples, strict=True)
+        return Series(tuple(combine(mine, theirs) for mine, theirs in pairs))

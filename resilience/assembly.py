@@ -1,0 +1,293 @@
+"""What a start is made of: communicator, job, directories and their locks, groups, restorer.
+
+Everything that the controller works with is put together here, so that the controller itself only knows the order of
+events.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from resilience.config import CheckpointConfig, ResiliencyConfig
+from resilience.errors import AnotherJobError, ConfigError, ResilienceError
+from resilience.formats.registry import foreign_problem
+from resilience.job import Job, join_job, resolve_run_id, start_id
+from resilience.planning.decision import ElectionPolicy
+from resilience.planning.inventory import Tier
+from resilience.planning.topology import Topology, make_topology
+from resilience.replication.communicator import Agreements, Communicator
+from resilience.replication.gathering import ShardGatherer
+from resilience.restore import Restorer
+from resilience.restore_shared import SharedLoader
+from resilience.runtime.clock import Clock
+from resilience.state.parallel_layout import ParallelLayout
+from resilience.stores.filesystem import FileSystem
+from resilience.stores.keeper import ShardKeeper
+from resilience.stores.lock import DirectoryLock
+from resilience.stores.node_store import NodeStore
+from resilience.stores.shared_store import SharedStore
+
+__all__ = ["Start", "agree_all", "assemble", "memory_directory"]
+
+_LOCK_WAIT_S = 20.0
+_NONCE = ".nonce-"
+
+
+@dataclass
+class Start:
+    """One start of the run on this rank. `stores`: this node's directories, the one that new saves go to first."""
+
+    job: Job
+    communicator: Communicator
+    setup: Agreements
+    run_id: str
+    attempt: str
+    stores: tuple[NodeStore, ...]
+    locks: tuple[DirectoryLock, ...]
+    keeper: ShardKeeper | None
+    topology: Topology
+    refusal: ConfigError | None  # why this topology would not do at a first start
+    restorer: Restorer
+    shared: SharedLoader
+
+    def release(self, *, keep_locks: bool = False) -> None:
+        """Give up locks and groups. Local. `keep_locks`: a thread of this start may still write."""
+        for lock in () if keep_locks else self.locks:
+            lock.release()
+        self.setup.close()
+        self.communicator.close()
+
+
+def assemble(
+    checkpoint: CheckpointConfig,
+    resiliency: ResiliencyConfig,
+    layout: ParallelLayout | None,
+    communicator: Communicator,
+    clock: Clock,
+    fs: FileSystem,
+    tell: Callable[..., None],
+    env: Mapping[str, str] = os.environ,
+) -> Start:
+    """Collective over all ranks. Whatever one rank finds wrong is raised on all of them, and nothing stays locked."""
+    setup = communicator.agreements("setup")
+    locks: list[DirectoryLock] = []
+    try:
+        return _assemble(checkpoint, resiliency, layout, communicator, setup, locks, clock, fs, tell, env)
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        setup.close()
+        communicator.close()
+        raise
+
+
+def _assemble(
+    checkpoint: CheckpointConfig,
+    resiliency: ResiliencyConfig,
+    layout: ParallelLayout | None,
+    communicator: Communicator,
+    setup: Agreements,
+    locks: list[DirectoryLock],
+    clock: Clock,
+    fs: FileSystem,
+    tell: Callable[..., None],
+    env: Mapping[str, str],
+) -> Start:
+    """`locks` takes those that were acquired."""
+    place = (layout or ParallelLayout()).resolve(communicator.rank, communicator.world_size)
+    job = join_job(communicator, setup, place, resiliency, _common_settings(checkpoint, resiliency), env)
+    shared = SharedLoader(
+        checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell
+    )  # fmt: skip
+    run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env)
+    attempt = setup.broadcast(secrets.token_hex(16).encode() if job.rank == 0 else None).decode()
+    stores = _node_stores(checkpoint, resiliency, run_id, job, fs, env)
+    agree_all(setup, lambda: _take_locks(stores, job, clock, locks))
+    _refuse_shared_directories(stores, job, setup)
+    if job.leads_node:
+        _sweep(stores, tell)
+    setup.barrier()
+    keeper = _keeper(stores, fs, job, clock)
+    topology, refusal = _topology(checkpoint, job)
+    gatherer = ShardGatherer(job, communicator, stores, keeper, topology, tell) if keeper is not None else None
+    policy = ElectionPolicy(
+        ckpt_step=checkpoint.ckpt_step,
+        fork_id=resiliency.fork_id or start_id(env) or attempt[:16],
+        on_no_usable_save=resiliency.on_no_usable_save,
+        max_restarts_without_progress=resiliency.max_restarts_without_progress,
+        exit_on_missing=checkpoint.exit_on_missing_checkpoint,
+        pretrained=checkpoint.pretrained_checkpoint is not None,
+    )
+    restorer = Restorer(
+        job, setup, run_id, attempt, stores, gatherer, shared, topology, policy, clock, tell
+    )  # fmt: skip
+    return Start(
+        job, communicator, setup, run_id, attempt, stores, tuple(locks), keeper, topology, refusal, restorer, shared
+    )
+
+
+def agree_all(setup: Agreements, step: Callable[[], None]) -> None:
+    """Run `step` on every rank; if it raised on one, all raise: their own error, or that another rank has one."""
+    problem: Exception | None = None
+    try:
+        step()
+    except (ResilienceError, OSError) as error:
+        problem = error
+    told = [payload.decode() for payload in setup.gather(str(problem or "")[:2000].encode())]
+    if problem is not None:
+        raise problem
+    for rank, message in enumerate(told):
+        if message:
+            raise ResilienceError(f"rank {rank} could not start: {message}")
+
+
+def memory_directory(
+    checkpoint: CheckpointConfig, resiliency: ResiliencyConfig, fs: FileSystem, env: Mapping[str, str]
+) -> Path:
+    """Where arenas and in-memory saves live on this node."""
+    given = resiliency.memory_dir or env.get("RESILIENCE_MEMORY_DIR")
+    if given:
+        return Path(given)
+    local = checkpoint.non_persistent_local_ckpt_dir
+    if local and fs.is_memory_backed(Path(local)):
+        return Path(local)
+    return Path(f"/dev/shm/resilience-{os.geteuid()}")
+
+
+def _common_settings(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> dict[str, Any]:
+    """The fields that must be equal on all ranks; where a node keeps its files is its own affair."""
+    own = {"non_persistent_local_ckpt_dir", "memory_dir", "node_id", "failure_domain", "events", "metrics"}
+    return {
+        field.name: getattr(config, field.name)
+        for config in (checkpoint, resiliency)
+        for field in fields(config)
+        if field.name not in own
+    }
+
+
+def _agree_run_id(
+    setup: Agreements,
+    job: Job,
+    checkpoint: CheckpointConfig,
+    resiliency: ResiliencyConfig,
+    fs: FileSystem,
+    env: Mapping[str, str],
+) -> str:
+    """The leader finds the name, all hear it."""
+    found: list[str] = [""]
+
+    def find() -> None:
+        if job.rank != 0:
+            return
+        kept = None
+        if checkpoint.save is not None and resiliency.run_id is None:
+            owner = SharedStore(Path(checkpoint.save), fs, source="save", foreign_problem=foreign_problem).owner()
+            kept = owner.run_id if owner is not None else None
+        draw = checkpoint.save is not None or checkpoint.non_persistent_ckpt_type is None
+        found[0] = resolve_run_id(resiliency, kept, draw=draw, env=env)
+
+    agree_all(setup, find)
+    return setup.broadcast(found[0].encode() if job.rank == 0 else None).decode()
+
+
+def _node_stores(
+    checkpoint: CheckpointConfig,
+    resiliency: ResiliencyConfig,
+    run_id: str,
+    job: Job,
+    fs: FileSystem,
+    env: Mapping[str, str],
+) -> tuple[NodeStore, ...]:
+    """This node's directories of the run: both tiers are read whatever the type is now; new saves go to the first."""
+    kind = checkpoint.non_persistent_ckpt_type
+    if kind is None and checkpoint.save is None:
+        return ()
+    memory = memory_directory(checkpoint, resiliency, fs, env)
+    places: list[tuple[Path, Tier]] = [(memory, "in_memory")]
+    if checkpoint.non_persistent_local_ckpt_dir is not None:
+        places.insert(0 if kind == "local" else 1, (Path(checkpoint.non_persistent_local_ckpt_dir), "local"))
+    stores: dict[Path, NodeStore] = {}
+    for place, tier in places:
+        base = Path(os.path.abspath(place))
+        stores.setdefault(base, NodeStore(base, run_id, job.node_id, tier, fs))
+    return tuple(stores.values())
+
+
+def _take_locks(stores: Sequence[NodeStore], job: Job, clock: Clock, locks: list[DirectoryLock]) -> None:
+    """This rank's byte of each directory's lock, into `locks`; waits a little for a predecessor that is still dying."""
+    for store in stores:
+        store.prepare()
+        lock = DirectoryLock(store.root, job.node_ranks.index(job.rank))
+        deadline = clock.now() + _LOCK_WAIT_S
+        while True:
+            try:
+                lock.acquire()
+                break
+            except AnotherJobError:
+                if clock.now() >= deadline:
+                    raise
+                clock.sleep(0.1)
+        locks.append(lock)
+
+
+def _sweep(stores: Sequence[NodeStore], tell: Callable[..., None]) -> None:
+    """Remove what an earlier start left unfinished. A directory that cannot be read is the inventory's to judge."""
+    for store in stores:
+        try:
+            store.sweep()
+        except OSError as error:
+            tell("warning", what=f"{store.root} could not be swept: {error}", advice="")
+
+
+def _refuse_shared_directories(stores: Sequence[NodeStore], job: Job, setup: Agreements) -> None:
+    """Two nodes that see one directory would take each other's copies for their own, and lose both at once."""
+    mine = _NONCE + secrets.token_hex(8)
+    told = setup.gather(mine.encode() if job.leads_node else b"")
+    others = {payload.decode() for rank, payload in enumerate(told) if payload and job.nodes[rank] != job.node_id}
+
+    def leave_marks() -> None:
+        for store in stores:
+            if job.leads_node:
+                store.fs.write_atomic(store.base / store.run_id / mine, b"", durable=False)
+
+    def look_for_others() -> None:
+        for store in stores:
+            if others & set(store.fs.list_dir(store.base / store.run_id)):
+                raise ConfigError(
+                    f"{store.base} is seen by more than one node: it is shared storage, not local.",
+                    advice="Give each node a directory of its own (node-local disk or /dev/shm).",
+                )
+
+    try:
+        agree_all(setup, leave_marks)
+        agree_all(setup, look_for_others)
+    finally:
+        for store in stores:
+            if job.leads_node:
+                store.fs.unlink(store.base / store.run_id / mine)
+
+
+def _keeper(stores: Sequence[NodeStore], fs: FileSystem, job: Job, clock: Clock) -> ShardKeeper | None:
+    if not stores:
+        return None
+    own = stores[0]
+    memory = next((store for store in stores if store.memory_backed), own)
+    return ShardKeeper(own, memory.arenas, fs, job.rank, job.world_size, clock.wall)
+
+
+def _topology(checkpoint: CheckpointConfig, job: Job) -> tuple[Topology, ConfigError | None]:
+    factor = checkpoint.replication_factor if checkpoint.replication else 1
+    nodes, jump, domains = job.nodes, checkpoint.replication_jump, job.domains
+
+    def make(*, restart: bool) -> Topology:
+        return make_topology(len(nodes), nodes, jump=jump, factor=factor, domains=domains, restart=restart)
+
+    try:
+        return make(restart=False), None
+    except ConfigError as error:
+        return make(restart=True), error  # raised later if this turns out to be a first start

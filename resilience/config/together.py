@@ -1,0 +1,165 @@
+"""Do the two configurations, and the job they are used in, fit together, and does this version do what they ask?
+
+Called once per start, on every rank, with values that are equal on all ranks (the configurations apart from `node_id`
+and `failure_domain`, the world size, the domains), so that all ranks raise or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from resilience.config.checkpoint import CheckpointConfig
+from resilience.config.resiliency import ResiliencyConfig
+from resilience.errors import ConfigError
+
+__all__ = ["unsupported", "validate_together"]
+
+
+def validate_together(
+    checkpoint: CheckpointConfig,
+    resiliency: ResiliencyConfig,
+    *,
+    world_size: int | None = None,
+    ranks_per_node: int | None = None,
+    domains: Sequence[str] | None = None,
+) -> None:
+    """Raises one ConfigError that tells everything that is wrong; fields changed since construction are checked again.
+
+    `domains` names each rank's failure domain, in rank order. Pass it at a run's first start only: a restart on fewer
+    domains lowers the factor instead of refusing.
+    """
+    checkpoint.__post_init__()
+    resiliency.__post_init__()
+    problems = unsupported(checkpoint, resiliency)
+    if checkpoint.save_interval is not None and checkpoint.save is None:
+        problems.append(
+            ConfigError(
+                f"checkpoint.save_interval: given {checkpoint.save_interval}, but there is no directory in save, so "
+                "that no persistent checkpoint would ever be written.",
+                advice="Set save, or leave save_interval out.",
+            )
+        )
+    if checkpoint.replication and domains is not None:
+        problems += _domain_problems(checkpoint, domains, world_size, ranks_per_node)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} settings cannot be used:\n{listed}")
+
+
+_WITHOUT_EFFECT = (
+    ("dist_ckpt_strictness", "assume_ok_unexpected", "a resume needs every item that it asks for"),
+    ("load_main_params_from_ckpt", False, "there is no distributed optimizer with main parameters"),
+    ("fully_parallel_save", True, "data-parallel ranks always share the writing"),
+    ("fully_parallel_load", False, "every rank reads for itself"),
+    ("ckpt_assume_constant_structure", False, "the plan of a save is always checked"),
+    ("dist_ckpt_optim_fully_reshardable", False, "there is no distributed optimizer"),
+    ("distrib_optim_fully_reshardable_mem_efficient", False, "there is no distributed optimizer"),
+)
+
+
+def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> list[ConfigError]:
+    """What is a valid setting, but asks for something that this version does not do yet."""
+    found: list[ConfigError] = []
+
+    def refuse(key: str, given: str, says: str, advice: str) -> None:
+        found.append(ConfigError(f'{key}: "{given}" is not in this version: {says}.', advice=advice))
+
+    if checkpoint.ckpt_format != "torch_dist":
+        refuse(
+            "checkpoint.ckpt_format",
+            checkpoint.ckpt_format,
+            "persistent checkpoints are written and read as torch_dist only",
+            'Use ckpt_format="torch_dist".',
+        )
+    for key, default, says in _WITHOUT_EFFECT:
+        given = getattr(checkpoint, key)
+        if given != default:
+            refuse(f"checkpoint.{key}", str(given), says, f"Leave {key} at {default!r}.")
+    if resiliency.redundancy != "replica":
+        refuse(
+            "resiliency.redundancy",
+            resiliency.redundancy,
+            "other nodes hold whole copies, parity is not computed",
+            'Use redundancy="replica".',
+        )
+    if resiliency.snapshot_mode != "eager":
+        refuse(
+            "resiliency.snapshot_mode",
+            resiliency.snapshot_mode,
+            "a snapshot is copied at the boundary, not during the next step",
+            'Use snapshot_mode="eager".',
+        )
+    if resiliency.cadence == "auto" and resiliency.mtbf_hours is None:
+        refuse(
+            "resiliency.cadence",
+            "auto",
+            "failures are not counted over restarts, so the failure rate must be given",
+            "Set mtbf_hours.",
+        )
+    if resiliency.secret_env is not None:
+        refuse(
+            "resiliency.secret_env",
+            resiliency.secret_env,
+            "peers' bytes are checked by digest but not authenticated",
+            "Leave secret_env out, and run on a network that others cannot write to.",
+        )
+    if resiliency.metrics is not None:
+        refuse(
+            "resiliency.metrics",
+            resiliency.metrics,
+            "no metrics are exported",
+            "Leave metrics out and set events: the same figures are in the event files.",
+        )
+    return found
+
+
+def _domain_problems(
+    checkpoint: CheckpointConfig, domains: Sequence[str], world_size: int | None, ranks_per_node: int | None
+) -> list[ConfigError]:
+    """Two copies in one failure domain would be lost together; a job on one node is not replicated, never refused."""
+    ranks = len(domains)
+    assert world_size in (None, ranks), f"{ranks} domains for {world_size} ranks"
+    distinct = len(set(domains))
+    one_node = distinct == 1 if ranks_per_node is None else ranks_per_node >= ranks
+    if one_node:
+        return []
+    factor = checkpoint.replication_factor
+    if distinct < factor:
+        return [
+            ConfigError(
+                f"checkpoint.replication_factor: {factor} copies of each rank's save need {factor} failure domains, "
+                f"but this job has {distinct} ({', '.join(sorted(set(domains)))}).",
+                advice=f"Lower replication_factor to {distinct}, or start on more domains."
+                if distinct > 1
+                else "Name the failure domains of the nodes apart, or turn replication off.",
+            )
+        ]
+    return _shared_domain_of_a_clique(checkpoint, domains, ranks_per_node)
+
+
+def _shared_domain_of_a_clique(
+    checkpoint: CheckpointConfig, domains: Sequence[str], ranks_per_node: int | None
+) -> list[ConfigError]:
+    """Where jump × factor divides the world, cliques are fixed; otherwise placement avoids shared domains itself."""
+    ranks, factor = len(domains), checkpoint.replication_factor
+    jump = checkpoint.replication_jump or ranks_per_node
+    if jump is None or ranks % (jump * factor) != 0:
+        return []
+    for first in range(ranks):
+        if first // jump % factor != 0:
+            continue
+        clique = range(first, first + jump * factor, jump)
+        held = [domains[rank] for rank in clique]
+        shared = next((name for name in held if held.count(name) > 1), None)
+        if shared is not None:
+            return [
+                ConfigError(
+                    f"checkpoint.replication_jump: with a jump of {jump} and {factor} copies the ranks "
+                    f"{', '.join(map(str, clique))} hold each other's saves, but more than one of them is in the "
+                    f"failure domain {shared!r}, so that its loss takes several copies.",
+                    advice="Set replication_jump to a multiple of the ranks that one failure domain has.",
+                )
+            ]
+    return []

@@ -1,0 +1,157 @@
+"""What is in a save, as `inspect` tells it: one entry per item with its chunks, over all shards that were given.
+
+Reads shard headers, records, and a checkpoint folder's metadata; no tensor is read, and torch is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from resilience.errors import CorruptCopyError
+from resilience.formats.dcp_metadata import DcpIndex, read_metadata
+from resilience.formats.keys import tree_key
+from resilience.stores.filesystem import FileSystem
+from resilience.stores.records import decode_record
+from resilience.stores.shard_file import SavedPiece, check_header, read_header
+from resilience.stores.shared_inventory import read_folder
+
+__all__ = ["Contents", "folder_contents", "shard_contents"]
+
+_REFERENCES = ("$tensor", "$array")  # to items of their own: see state/tree.py
+_KINDS = {"NoneType": "null", "dict": "object"}
+_SHOWN_VALUE = 80  # characters: longer values are named, not shown
+
+
+@dataclass(frozen=True)
+class Contents:
+    """`items` and `records` with the interface's keys."""
+
+    items: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+    nbytes: int
+
+
+def shard_contents(paths: Sequence[Path], fs: FileSystem) -> Contents:
+    """The items of one save from its shards (copies of one owner count once). CorruptCopyError, StoreError."""
+    items: dict[str, dict[str, Any]] = {}
+    boxes: dict[tuple[object, ...], list[int]] = {}
+    records: list[dict[str, Any]] = []
+    total = 0
+    seen: set[int] = set()
+    for path in sorted(paths, key=lambda path: (path.name, path)):
+        record, nbytes, owner, pieces, values = _read_shard(path, fs)
+        records.append(record)
+        if owner in seen:
+            continue
+        seen.add(owner)
+        total += nbytes
+        for piece in pieces:
+            _add_piece(items, boxes, piece, owner)
+        for key, value in _leaves(values, ""):
+            _add_value(items, key, value, owner)
+    return Contents([items[key] for key in sorted(items)], records, total)
+
+
+def folder_contents(folder: Path, fs: FileSystem) -> Contents:
+    """The items of a persistent checkpoint folder. CorruptCopyError or FileNotFoundError if it cannot be believed."""
+    stored = read_metadata(folder, fs)
+    record = read_folder(folder, fs)
+    records: list[dict[str, Any]] = []
+    nbytes = sum(stored.file_bytes.values())
+    if record is not None:
+        nbytes = record.nbytes
+        fields = asdict(record)
+        records.append({"path": str(folder), **fields.pop("save"), **fields})
+    return Contents(sorted(_stored_items(stored), key=lambda item: str(item["key"])), records, nbytes)
+
+
+def _stored_items(stored: DcpIndex) -> Iterator[dict[str, Any]]:
+    for key, region in stored.tensors.items():
+        chunks = [
+            {"offsets": list(chunk.offsets), "shape": list(chunk.sizes), "file": chunk.extent.file}
+            for chunk in region.chunks
+        ]
+        yield {**_item(key, "tensor", region.dtype, region.shape), "chunks": chunks, "path": tree_key(key)}
+    for key, extent in stored.objects.items():
+        yield {**_item(key, "object", None, None), "chunks": [{"file": extent.file, "bytes": extent.nbytes}]}
+
+
+def _read_shard(path: Path, fs: FileSystem) -> tuple[dict[str, Any], int, int, list[SavedPiece], object]:
+    """`(record, bytes, owner, pieces, values)` of one shard; a file without its record is told as it is."""
+    mapped = fs.open_mapping(path)
+    try:
+        header = read_header(mapped.view, str(path))
+        start, stop = header.values
+        values = json.loads(bytes(mapped.view[start:stop]) or b"null")
+        nbytes = mapped.nbytes
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, CorruptCopyError) else CorruptCopyError(f"{path}: {error}") from error
+    finally:
+        mapped.close()
+    told: dict[str, Any] = {"path": str(path), "owner": header.owner, "world_size": header.world_size, "bytes": nbytes}
+    beside = path.with_suffix(".json")
+    if fs.stat(beside) is not None:
+        record = decode_record(fs.read(beside), str(beside))
+        check_header(header, record, str(path))
+        fields = asdict(record)
+        told = {"path": str(path), **fields.pop("save"), "bytes": fields.pop("nbytes"), **fields}
+    return told, nbytes, header.owner, list(header.pieces.values()), values
+
+
+def _item(key: str, kind: str, dtype: str | None, shape: Sequence[int] | None) -> dict[str, Any]:
+    return {
+        "key": key,
+        "kind": kind,
+        "dtype": dtype,
+        "global_shape": None if shape is None else list(shape),
+        "chunks": [],
+    }
+
+
+def _add_piece(
+    items: dict[str, dict[str, Any]], boxes: dict[tuple[object, ...], list[int]], piece: SavedPiece, owner: int
+) -> None:
+    """Ranks that each have the same box of an item of their own share one chunk, with all their numbers."""
+    item = items.setdefault(piece.key, _item(piece.key, "tensor", piece.dtype, piece.global_shape))
+    owners = boxes.setdefault((piece.key, piece.offsets, piece.shape), [])
+    if not owners:
+        item["chunks"].append({"offsets": list(piece.offsets), "shape": list(piece.shape), "owners": owners})
+    owners.append(owner)
+
+
+def _add_value(items: dict[str, dict[str, Any]], key: str, value: object, owner: int) -> None:
+    item = items.setdefault(key, _item(key, "value", _KINDS.get(type(value).__name__, type(value).__name__), None))
+    text = json.dumps(value)
+    if not item["chunks"]:
+        item["value"] = text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 1]}…"
+        item["chunks"].append({"owners": []})
+    item["chunks"][0]["owners"].append(owner)
+
+
+def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
+    """The plain values of a tree's JSON by their path; references to tensors are items of their own.
+
+    A list of nothing but scalars (a generator's state) is one value.
+    """
+    if isinstance(value, Mapping):
+        name, content = next(iter(value.items()), ("", None))
+        if name in _REFERENCES:
+            return
+        if name.startswith("$"):
+            yield from _leaves(content, path) if isinstance(content, list | dict) else iter([(path, content)])
+            return
+        for key, part in value.items():
+            yield from _leaves(part, f"{path}/{_escaped(key)}" if path else _escaped(key))
+    elif isinstance(value, list) and any(isinstance(part, list | dict) for part in value):
+        for index, part in enumerate(value):
+            yield from _leaves(part, f"{path}/{index}" if path else str(index))
+    else:
+        yield path, value
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")

@@ -1,0 +1,171 @@
+"""Which files an `iter_NNNNNNN` folder has besides its data, how they are written, and how their digests are checked.
+
+`integrity.json` is written last, in the form of newer Megatron Core: the SHA-256 of every other file directly in the
+folder. Importing this file needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from resilience.errors import ConfigError, CorruptCopyError
+from resilience.stores.filesystem import FileSystem, MappedFile
+
+__all__ = [
+    "COMMON",
+    "INTEGRITY",
+    "MARKER",
+    "RUN_CONFIG",
+    "FolderFiles",
+    "damaged_files",
+    "encode_integrity",
+    "encode_run_config",
+    "marked_backend",
+    "read_digests",
+]
+
+MARKER: Final = "metadata.json"
+COMMON: Final = "common.pt"
+RUN_CONFIG: Final = "run_config.yaml"
+INTEGRITY: Final = "integrity.json"
+
+_SEGMENT_BYTES = 32 << 20
+_INTEGRITY_LIMIT = 256 << 20  # one line per file of every rank
+
+
+class FolderFiles:
+    """Read access to the files of one folder, each mapped when it is first asked for; `close` unmaps them."""
+
+    def __init__(self, folder: Path, fs: FileSystem) -> None:
+        self._folder = folder
+        self._fs = fs
+        self._mapped: dict[str, MappedFile] = {}
+
+    def view(self, name: str) -> memoryview:
+        """All bytes of a file; CorruptCopyError if it is missing."""
+        if name not in self._mapped:
+            path = self._folder / name
+            found = self._fs.stat(path)
+            if found is None:
+                raise CorruptCopyError(f"{path} is missing.")
+            if found.nbytes == 0:
+                return memoryview(b"")
+            self._mapped[name] = self._fs.open_mapping(path)
+        return self._mapped[name].view
+
+    def part(self, name: str, start: int, nbytes: int) -> memoryview:
+        """`nbytes` bytes from `start` on; CorruptCopyError if the file ends before."""
+        whole = self.view(name)
+        if start + nbytes > len(whole):
+            raise CorruptCopyError(
+                f"{self._folder / name} has {len(whole)} bytes where at least {start + nbytes} are expected."
+            )
+        return whole[start : start + nbytes]
+
+    def sha256(self, name: str) -> str:
+        """Digest of a whole file, read once through a bounded window."""
+        whole = self.view(name)
+        digest = hashlib.sha256()
+        for start in range(0, len(whole), _SEGMENT_BYTES):
+            digest.update(whole[start : start + _SEGMENT_BYTES])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        mapped, self._mapped = self._mapped, {}
+        for file in mapped.values():
+            file.close()
+
+
+def marked_backend(folder: Path, fs: FileSystem) -> str | None:
+    """`sharded_backend` of `metadata.json`; None without that file, CorruptCopyError if it cannot be read."""
+    path = folder / MARKER
+    try:
+        marker = json.loads(fs.read(path))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise CorruptCopyError(f"{path} is no JSON: {error}.") from error
+    backend = marker.get("sharded_backend") if isinstance(marker, dict) else None
+    if not isinstance(backend, str):
+        raise CorruptCopyError(f"{path} names no sharded_backend.")
+    return backend
+
+
+def encode_integrity(digests: Mapping[str, str]) -> bytes:
+    return json.dumps({"algorithm": "sha256", "files": dict(sorted(digests.items()))}, indent=1).encode()
+
+
+def read_digests(folder: Path, fs: FileSystem) -> dict[str, str] | None:
+    """File name → SHA-256; None where the folder has no `integrity.json`."""
+    path = folder / INTEGRITY
+    try:
+        listed = json.loads(fs.read(path, _INTEGRITY_LIMIT))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise CorruptCopyError(f"{path} is no JSON: {error}.") from error
+    files = listed.get("files") if isinstance(listed, dict) else None
+    if not isinstance(files, dict) or listed.get("algorithm") != "sha256":
+        raise CorruptCopyError(f"{path} is not in the form that this version reads (sha256 of files).")
+    for name, digest in files.items():
+        if "/" in name or "\0" in name or name in ("", ".", "..") or not isinstance(digest, str):
+            raise CorruptCopyError(f"{path} lists {name[:80]!r}, which is no file of its folder.")
+    return files
+
+
+def damaged_files(folder: Path, fs: FileSystem, names: Iterable[str] | None = None) -> Iterator[tuple[str, str]]:
+    """`(name, reason)` of each file that is not as `integrity.json` says; reads them in full. `names`: only these.
+
+    What is not listed (a note that somebody put there) is not looked at.
+    """
+    digests = read_digests(folder, fs)
+    if digests is None:
+        return
+    files = FolderFiles(folder, fs)
+    try:
+        for name in sorted(digests.keys() & (digests if names is None else set(names))):
+            try:
+                found = files.sha256(name)
+            except (CorruptCopyError, FileNotFoundError) as error:
+                yield name, str(error)
+                continue
+            finally:
+                files.close()
+            if found != digests[name].lower():
+                yield name, f"{folder / name} does not match its SHA-256 in {INTEGRITY}."
+    finally:
+        files.close()
+
+
+def encode_run_config(config: Mapping[str, Any] | None, *, save_optim: bool, save_rng: bool) -> bytes:
+    """`run_config.yaml`: the user's mapping and the five keys without which Megatron Bridge does not load."""
+    merged = _plain(config or {})
+    model, checkpoint = (_section(merged, name) for name in ("model", "checkpoint"))
+    model.setdefault("tensor_model_parallel_size", 1)
+    model.setdefault("pipeline_model_parallel_size", 1)
+    checkpoint.setdefault("fully_parallel_save", True)
+    checkpoint.update(save_optim=save_optim, save_rng=save_rng)
+    return yaml.safe_dump(merged, sort_keys=True, allow_unicode=True).encode()
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"run_config[{name!r}] is {section!r}; expected a mapping.")
+    return section
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can hold of a user's configuration: anything else by its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry) for entry in value]
+    # `type is`, because the safe dumper refuses subclasses (an enum that is a str)
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)

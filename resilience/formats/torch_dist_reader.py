@@ -1,0 +1,176 @@
+"""How any region of any tensor is read from a folder of torch.distributed.checkpoint, ours or another program's.
+
+DCP's planner says which stored boxes a region needs; the bytes come through our own reader, which unpickles nothing but
+tensors and plain values and believes no length that it has not checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError
+from resilience.formats.dcp_metadata import METADATA, Extent, StoredChunk, StoredRegion, read_metadata
+from resilience.formats.directory import COMMON, INTEGRITY, MARKER, FolderFiles, damaged_files, read_digests
+from resilience.formats.keys import rank_of, tree_key
+from resilience.formats.protocol import RankState, StoredTensor, Target
+from resilience.formats.torch_archive import read_archive
+from resilience.formats.torch_dist import COMMON_STATE
+from resilience.stores.filesystem import FileSystem
+from resilience.stores.shared_inventory import read_folder
+from resilience.stores.shared_records import RECORD_NAME
+from resilience.stores.trackers import TRAIN_STATE
+
+__all__ = ["TorchDistReader"]
+
+_COMMON_LIMIT = 1 << 30
+_ALWAYS_READ = frozenset({METADATA, COMMON, MARKER, TRAIN_STATE, RECORD_NAME})
+
+
+class TorchDistReader:
+    """See `CheckpointReader`. Made by `TorchDist.open`, which has checked that the folder is whole."""
+
+    def __init__(self, folder: Path, fs: FileSystem) -> None:
+        self.folder = folder
+        self.record = read_folder(folder, fs)
+        self._fs = fs
+        self._stored = read_metadata(folder, fs)
+        self._regions = {tree_key(key): region for key, region in self._stored.tensors.items()}
+        self._files = FolderFiles(folder, fs)
+
+    @cached_property
+    def index(self) -> Mapping[str, StoredTensor]:
+        return {
+            path: StoredTensor(getattr(torch, region.dtype), region.shape) for path, region in self._regions.items()
+        }
+
+    @cached_property
+    def common(self) -> Mapping[str, Any]:
+        if COMMON_STATE in self._stored.objects:
+            common = self._object(COMMON_STATE)
+        else:
+            path = self.folder / COMMON
+            common = read_archive(memoryview(self._fs.read(path, _COMMON_LIMIT)), str(path))
+        if not isinstance(common, dict):
+            raise CorruptCopyError(f"The common state in {self.folder} is no dictionary.")
+        return common
+
+    def rank_state(self, rank: int) -> RankState | None:
+        key = self._rank_keys.get(rank)
+        if key is None:
+            return None
+        stored = self._object(key)
+        match stored:
+            case {"values": str() as values, "tensors": dict() as tensors} if all(
+                isinstance(path, str) and isinstance(tensor, torch.Tensor) for path, tensor in tensors.items()
+            ):
+                return RankState(values.encode(), tensors)
+        raise CorruptCopyError(f"{key} in {self.folder} does not hold a rank's values and tensors.")
+
+    def read(self, targets: Sequence[Target]) -> None:
+        reads = self._plan(targets)
+        # In the order of the files, each stored box read once, however many targets share it.
+        by_extent: dict[Extent, list[tuple[StoredChunk, ReadItem, Target]]] = {}
+        for target, chunk, item in reads:
+            by_extent.setdefault(chunk.extent, []).append((chunk, item, target))
+        for extent in sorted(by_extent, key=lambda extent: (extent.file, extent.start)):
+            chunk, _, target = by_extent[extent][0]
+            box = self._box(extent, chunk, self._regions[target.key])
+            for _, item, target in by_extent[extent]:
+                into = _narrow(target.out.detach(), item.dest_offsets, item.lengths)
+                into.copy_(_narrow(box, item.storage_offsets, item.lengths))
+
+    def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:
+        names = {chunk.extent.file for _, chunk, _ in self._plan(targets)}
+        if rank in self._rank_keys:
+            names.add(self._stored.objects[self._rank_keys[rank]].file)
+        return frozenset(names | {name for name in _ALWAYS_READ if self._fs.stat(self.folder / name) is not None})
+
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        digests = read_digests(self.folder, self._fs)
+        if digests is None and self.record is not None:
+            raise CorruptCopyError(f"{self.folder / INTEGRITY} is missing.")
+        unlisted = sorted(self._stored.file_bytes.keys() - digests.keys()) if digests is not None else []
+        if unlisted:
+            raise CorruptCopyError(f"{self.folder / INTEGRITY} does not list {_some(unlisted)}.")
+        for _, reason in damaged_files(self.folder, self._fs, files):
+            raise CorruptCopyError(reason)
+
+    def close(self) -> None:
+        self._files.close()
+
+    @cached_property
+    def _rank_keys(self) -> dict[int, str]:
+        """Rank → key of its object, for the world that wrote this checkpoint."""
+        found = {key: place for key in self._stored.objects if (place := rank_of(key)) is not None}
+        world_size = self.record.world_size if self.record else max((world for _, world in found.values()), default=0)
+        return {rank: key for key, (rank, world) in found.items() if world == world_size and rank < world}
+
+    def _object(self, key: str) -> Any:
+        extent = self._stored.objects[key]
+        stored = read_archive(self._files.part(extent.file, extent.start, extent.nbytes), f"{key} in {self.folder}")
+        if not isinstance(stored, list) or len(stored) != 1:
+            raise CorruptCopyError(f"{key} in {self.folder} is no list of one object.")
+        return stored[0]
+
+    def _box(self, extent: Extent, chunk: StoredChunk, region: StoredRegion) -> torch.Tensor:
+        what = f"{extent.file} in {self.folder} at byte {extent.start}"
+        box = read_archive(self._files.part(extent.file, extent.start, extent.nbytes), what)
+        if (
+            not isinstance(box, torch.Tensor)
+            or tuple(box.shape) != chunk.sizes
+            or box.dtype != getattr(torch, region.dtype)
+        ):
+            found = f"{box.dtype} {tuple(box.shape)}" if isinstance(box, torch.Tensor) else type(box).__name__
+            raise CorruptCopyError(f"{what} is {found}; .metadata says {region.dtype} {chunk.sizes}.")
+        return box
+
+    def _plan(self, targets: Sequence[Target]) -> list[tuple[Target, StoredChunk, ReadItem]]:
+        missing = sorted({target.key for target in targets} - self._regions.keys())
+        if missing:
+            raise MissingKeysError(
+                f"{self.folder} lacks {len(missing)} of {len(targets)} items asked for: {_some(missing)}. "
+                f"It has {len(self._regions)}: {_some(sorted(self._regions))}."
+            )
+        return [entry for target in targets for entry in self._plan_one(target, self._regions[target.key])]
+
+    def _plan_one(self, target: Target, region: StoredRegion) -> Iterator[tuple[Target, StoredChunk, ReadItem]]:
+        sizes = tuple(target.out.shape)
+        expected = target.global_shape
+        inside = len(sizes) == len(target.offsets) == len(region.shape) and all(
+            start >= 0 and start + length <= whole
+            for start, length, whole in zip(target.offsets, sizes, region.shape, strict=True)
+        )
+        if not inside or (expected is not None and tuple(expected) != region.shape):
+            wanted = f"{sizes} at {target.offsets}" + (f" of {tuple(expected)}" if expected is not None else "")
+            raise LayoutMismatchError(f"{target.key} has shape {region.shape} in {self.folder}; asked for is {wanted}.")
+        stored = TensorStorageMetadata(
+            TensorProperties(dtype=getattr(torch, region.dtype)),
+            torch.Size(region.shape),
+            [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in region.chunks],
+        )
+        wanted_box = ChunkStorageMetadata(torch.Size(target.offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(target.key, stored, [wanted_box]) if 0 not in sizes else []
+        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
+            raise CorruptCopyError(f"The stored parts of {target.key} in {self.folder} do not cover what is asked for.")
+        for item in items:
+            assert item.storage_index.index is not None, "DCP's planner numbers the boxes that it was given"
+            yield target, region.chunks[item.storage_index.index], item
+
+
+def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:20]) + (", …" if len(keys) > 20 else "")

@@ -1,0 +1,106 @@
+"""What is known of the saves that exist: the values that election and retrieval decide on.
+
+One `NodeSave` stands for all copies of one save on one node (parallel tuples, not an object per copy), so that
+16,384 ranks × 3 saves stay a few thousand objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Tier = Literal["in_memory", "local", "global", "persistent"]
+Role = Literal["primary", "replica", "parity"]
+
+#: Cheapest first: where equal saves exist in several tiers, the first one is resumed from.
+TIERS: tuple[Tier, ...] = ("in_memory", "local", "global", "persistent")
+
+
+@dataclass(frozen=True, order=True)
+class SaveId:
+    """Identity of a save: `(attempt, iteration)`; the generation is there to order attempts.
+
+    Sorts by iteration, then generation, then attempt: the order of election.
+    """
+
+    iteration: int
+    generation: int
+    attempt: str
+
+    @property
+    def folder(self) -> str:
+        """`g0002-3f9ac01b`: generation and the first 8 digits of the attempt."""
+        return f"g{self.generation:04d}-{self.attempt[:8]}"
+
+
+@dataclass(frozen=True)
+class NodeSave:
+    """All copies of one save that one node holds in one tier.
+
+    `owners`, `digests`, `nbytes` and `roles` run in parallel, one entry per copy, owners ascending.
+    """
+
+    node_id: str
+    tier: Tier
+    run_id: str
+    save: SaveId
+    world_size: int
+    owners: tuple[int, ...]
+    digests: tuple[str, ...]
+    nbytes: tuple[int, ...]
+    roles: tuple[Role, ...]
+    certified: bool = False  # a certificate of this save lies beside the copies
+    split: bool = False  # what data parallelism replicates is split over the group: a rank needs its group's shards
+
+
+@dataclass(frozen=True)
+class SharedSave:
+    """One checkpoint folder on shared storage (tier `global` or `persistent`).
+
+    Only committed folders are listed (`iter_*`; never a `.saving-*` in the making): one of this run is proof that the
+    run once completed that save. `problem` says why it cannot be used (torn, incomplete); empty: usable as far as was
+    looked. `source` tells where it was found: "save", "load", "global" or "pretrained". `tracker` is the iteration
+    that the directory's tracker names (None: no tracker): newer folders are passed over, unless `ckpt_step` asks for
+    one of them.
+    """
+
+    tier: Tier
+    run_id: str | None
+    save: SaveId
+    world_size: int | None
+    nbytes: int
+    source: str
+    problem: str = ""
+    tracker: int | None = None
+
+
+@dataclass(frozen=True)
+class AttemptLog:
+    """What one start of the run left behind about itself; kept for the run's life.
+
+    `base` is the save it resumed from (None: a fresh start). `completed` is the newest save that it completed,
+    `end` is "finished", "stopped", "failed" or "" (unknown: killed, or still running).
+    """
+
+    run_id: str
+    attempt: str
+    generation: int
+    base: SaveId | None = None
+    fork: tuple[int, str] | None = None
+    completed: SaveId | None = None
+    end: str = ""
+    end_iteration: int | None = None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What one source answered: its records, or why they are unknown ("could not look" is never "empty")."""
+
+    source: str  # a node id, or "save", "load", "global"
+    node_saves: tuple[NodeSave, ...] = ()
+    shared_saves: tuple[SharedSave, ...] = ()
+    attempts: tuple[AttemptLog, ...] = ()
+    certificates: tuple[SaveId, ...] = ()
+    unknown: str = ""
+    notes: tuple[str, ...] = ()  # copies that were seen and not counted, each with its reason
+    foreign_runs: tuple[str, ...] = field(default=())  # other runs seen in the same directory, for the log only

@@ -1,0 +1,103 @@
+"""What a node must hold at worst, spelled out as a sum, and whether it fits before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from resilience.errors import MemoryBudgetError
+
+#: Shared memory counts as memory too (a cgroup charges its pages), so such a line stands in both places.
+Place = Literal["memory", "shared_memory", "disk"]
+_PLACE_WORDS: dict[Place, str] = {"memory": "memory", "shared_memory": "shared memory", "disk": "disk"}
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """The sum for one node: `lines` for people, `needs` bytes per place, `total` bytes of all lines."""
+
+    lines: tuple[str, ...]
+    total: int
+    needs: tuple[tuple[Place, int], ...]
+
+    def __str__(self) -> str:
+        return f"{_size(self.total)} per node = " + " + ".join(self.lines)
+
+
+def arenas_per_rank(keep_last: int, interval: int | None, file_is_arena: bool) -> int:
+    """Arenas of one rank. One more when saves follow each other so closely that two are in the making at once."""
+    extra = 1 if interval is not None and interval < 4 else 0
+    return (_saves_held(keep_last) if file_is_arena else 1) + extra
+
+
+def _saves_held(keep_last: int) -> int:
+    """Saves that exist at once: those kept (at least the newest complete and the newest protected) and one in work."""
+    return max(keep_last, 2) + 1
+
+
+def budget(
+    *,
+    own_bytes: Sequence[int],
+    replica_bytes: Sequence[int],
+    keep_last: int,
+    interval: int | None,
+    file_is_arena: bool,
+    buffer_bytes: int,
+    restore_bytes: int = 0,
+    present_bytes: int = 0,
+) -> MemoryBudget:
+    """The node's sum. `own_bytes`: shard sizes of its ranks; `replica_bytes`: those of one save's replicas on it.
+
+    `buffer_bytes`: bounded buffers of all its ranks. `restore_bytes`: what it would have to fetch at a restore, freed
+    after the load. `present_bytes`: files of this run that lie there already; they are kept or recycled as arenas, so
+    that they take nothing more.
+    """
+    arenas = arenas_per_rank(keep_last, interval, file_is_arena)
+    own, replicas = sum(own_bytes), sum(replica_bytes)
+    entries: list[tuple[str, int, tuple[Place, ...]]] = []
+    in_memory: tuple[Place, ...] = ("memory", "shared_memory")
+    entries.append((f"{arenas} arenas of {len(own_bytes)} ranks", arenas * own, in_memory))
+    if file_is_arena:
+        files: tuple[Place, ...] = in_memory
+        entries.append((f"{arenas} slots for {len(replica_bytes)} replicas", arenas * replicas, in_memory))
+        allocated = arenas * (own + replicas)
+    else:
+        files = ("disk",)
+        allocated = _saves_held(keep_last) * (own + replicas)
+        entries.append((f"{_saves_held(keep_last)} saves with their replicas", allocated, files))
+    entries.append(("buffers", buffer_bytes, ("memory",)))
+    if restore_bytes:
+        entries.append(("fetched at a restore, then freed", restore_bytes, ("memory",)))
+    if present_bytes:
+        entries.append(("files of this run already there", -min(present_bytes, allocated), files))
+    lines = tuple(f"{what} {_size(size)} ({_words(places)})" for what, size, places in entries)
+    needs = tuple((place, sum(size for _, size, places in entries if place in places)) for place in _PLACE_WORDS)
+    return MemoryBudget(lines, sum(size for _, size, _ in entries), needs)
+
+
+def check(budget: MemoryBudget, available: Mapping[str, int | None]) -> None:
+    """Raise MemoryBudgetError, with the sum, where a place has fewer bytes free than needed (None: not known)."""
+    short = [
+        f"{_size(need)} of {_PLACE_WORDS[place]} needed, {_size(free)} free"
+        for place, need in budget.needs
+        if (free := available.get(place)) is not None and need > free
+    ]
+    if short:
+        raise MemoryBudgetError(
+            f"The node cannot hold its checkpoints: {'; '.join(short)}. The sum: {budget}.",
+            advice="Lower keep_last or replication_factor, use a disk for local saves, or give the node more room.",
+        )
+
+
+def _words(places: Sequence[Place]) -> str:
+    return _PLACE_WORDS[places[-1]]  # shared memory is memory: naming the narrower place is enough
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(value) < 1024 or unit == "PiB":
+            break
+        value /= 1024
+    return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"

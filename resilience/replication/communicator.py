@@ -1,0 +1,162 @@
+"""What the rest of the package may ask of the other ranks: agreements over small values, and groups for bulk bytes.
+
+Everything that crosses a process is JSON or raw bytes; nothing is pickled. Every wait is bounded by time without
+progress and ends in a `PeerLostError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from resilience.errors import PeerLostError
+
+__all__ = [
+    "Agreements",
+    "Communicator",
+    "Control",
+    "Links",
+    "SoloAgreements",
+    "SoloCommunicator",
+    "SoloControl",
+    "Transfer",
+]
+
+
+class Agreements(Protocol):
+    """Small collectives over one group of ranks. Every member calls the same ones in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Every member's payload, in rank order, on every member (a few KiB each)."""
+        ...
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """The payload of member 0 on every member; the others pass None."""
+        ...
+
+    def maximum(self, values: Sequence[int]) -> list[int]:
+        """Element-wise maximum over members (int64)."""
+        ...
+
+    def barrier(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Control(Protocol):
+    """The one small reduction per boundary: element-wise maximum, started at one boundary and collected at the next."""
+
+    def start(self, values: Sequence[int]) -> None:
+        """Does not wait. Every rank starts the same number of exchanges."""
+        ...
+
+    def result(self) -> list[int]:
+        """Of the exchange started last; waits for it, for as long as the peers' heartbeats go on."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Transfer(Protocol):
+    """A message under way."""
+
+
+class Links(Protocol):
+    """Bulk bytes between the members of a small group. A failed group stays failed: rebuild it under a new name."""
+
+    def send(self, content: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Post `content` (contiguous, unchanged until waited for) to the global rank `peer`; does not wait."""
+        ...
+
+    def receive(self, content: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Post a receive into `content`; messages of one peer and tag arrive in the order they were posted."""
+        ...
+
+    def wait(self, transfer: Transfer) -> None:
+        """Until it is done; PeerLostError if a member died or nothing moved within the bound."""
+        ...
+
+    def close(self, *, failed: bool = False, linger_s: float = 10.0) -> None: ...
+
+
+class Communicator(Protocol):
+    """One per process: says who we are and opens groups, named by purpose, for the ranks that ask for them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
+        """A group over `ranks` (default: all); collective over exactly those, `name` unique among groups."""
+        ...
+
+    def control(self, name: str) -> Control: ...
+    def links(self, name: str, ranks: Sequence[int]) -> Links: ...
+    def close(self) -> None: ...
+
+
+class SoloAgreements:
+    """A group of one."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        return [payload]
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        if payload is None:
+            raise ValueError("the only member must give the payload")
+        return payload
+
+    def maximum(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def barrier(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class SoloCommunicator:
+    """A process without torch.distributed: a world of one."""
+
+    rank = 0
+    world_size = 1
+    local_rank = 0
+
+    def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
+        return SoloAgreements()
+
+    def control(self, name: str) -> Control:
+        return SoloControl()
+
+    def links(self, name: str, ranks: Sequence[int]) -> Links:
+        raise PeerLostError(f"a world of one has no peers to link to ({name}, {list(ranks)})")
+
+    def close(self) -> None:
+        return
+
+
+class SoloControl:
+    """The control exchange of one rank: what it says is what is agreed."""
+
+    def __init__(self) -> None:
+        self._values: list[int] = []
+
+    def start(self, values: Sequence[int]) -> None:
+        self._values = list(values)
+
+    def result(self) -> list[int]:
+        return self._values
+
+    def close(self) -> None:
+        return

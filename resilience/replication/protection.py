@@ -1,0 +1,247 @@
+"""What happens to a save in the background: hash, agree on equality, commit, exchange with the clique, commit replicas.
+
+Runs in one lane, so that every rank goes through the agreed saves in the same order. Whatever fails here fails this
+save, is told to the board (from where the next control exchange takes it to all ranks), and leaves nothing that can be
+elected.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from resilience.errors import PeerLostError, ResilienceError
+from resilience.planning.control import SlotReport
+from resilience.planning.inventory import SaveId
+from resilience.replication.clique import CliqueExchange, Inbox, Offer
+from resilience.replication.communicator import Agreements
+from resilience.snapshot.arena import Arena
+from resilience.snapshot.equality import Sample
+from resilience.stores.digest import SegmentedDigest, segments
+from resilience.stores.keeper import ShardKeeper
+
+__all__ = ["UNHEALTHY", "Board", "Protection", "SaveJob"]
+
+Tell = Callable[..., None]
+
+UNHEALTHY: Final = "the rank says that its state is not healthy"
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """One agreed save on this rank. `arena` None: the snapshot failed here, and the others must learn of it."""
+
+    save: SaveId
+    arena: Arena | None
+    sample: Sample | None
+    split: bool
+    healthy: bool = True
+    error: str = ""
+
+
+class Board:
+    """How far each outstanding save has come on this rank; written by the lanes, read at boundaries."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._reports: dict[SaveId, SlotReport] = {}
+        self._errors: dict[SaveId, str] = {}
+
+    def report(self, report: SlotReport, error: str = "") -> None:
+        with self._guard:
+            self._reports[report.save] = report
+            if error:
+                self._errors[report.save] = error
+
+    def reports(self, slots: Sequence[SaveId]) -> tuple[SlotReport, ...]:
+        with self._guard:
+            return tuple(self._reports[slot] for slot in slots if slot in self._reports)
+
+    def error(self, slot: SaveId) -> str:
+        with self._guard:
+            return self._errors.get(slot, "")
+
+    def drop(self, slots: Sequence[SaveId]) -> None:
+        with self._guard:
+            for slot in slots:
+                self._reports.pop(slot, None)
+                self._errors.pop(slot, None)
+
+
+class Protection:
+    """The background life of saves on this rank."""
+
+    def __init__(
+        self, keeper: ShardKeeper, group: Agreements, board: Board, tell: Tell, now: Callable[[], float]
+    ) -> None:
+        """`group`: the data-parallel group, used by this lane alone."""
+        self._keeper = keeper
+        self._group = group
+        self._board = board
+        self.tell = tell
+        self._now = now
+        self._exchange: CliqueExchange | None = None
+        self.replicating = False  # whether replicas are wanted at all (and not only possible right now)
+        self.broken = False  # the clique's group is down: a new epoch is wanted
+
+    def connect(self, exchange: CliqueExchange | None) -> None:
+        """Use a new epoch's exchange from here on."""
+        if self._exchange is not None:
+            self._exchange.close(failed=self.broken)
+        self._exchange = exchange
+        self.broken = exchange is None and self.replicating
+
+    def run(self, job: SaveJob) -> None:
+        """Take one save through all its steps."""
+        began = self._now()
+        attempt = _Attempt(self, job)
+        try:
+            missing = self._swap(job, attempt)
+            attempt.settle()  # whatever became of the link: the group's agreement and our own commit happen once
+        except Exception as error:
+            self._fail(job, repr(error))  # a mistake of ours: the job must hear "failed", or it waits for this save
+            raise
+        else:
+            if attempt.error:
+                self._fail(job, attempt.error)
+            else:
+                self._finish(job, began, missing)
+        finally:
+            if job.arena is not None:
+                self._keeper.unpin(job.arena)
+
+    def _fail(self, job: SaveJob, error: str) -> None:
+        self._board.report(SlotReport(job.save, "failed", failed=True, settled=True), error)
+
+    def restore_replicas(self, save: SaveId, arena: Arena | None, digest: str, split: bool) -> None:
+        """After a retrieval: send what holders lack of a save that is committed already (`arena` None:
+
+        nobody lacks).
+        """
+        attempt = _Attempt(self, SaveJob(save, None, None, split), committed=digest)
+        missing = self._swap(SaveJob(save, arena, None, split), attempt)
+        if missing:
+            self.tell("warning", what=f"iteration {save.iteration} is not fully replicated again: {missing}", advice="")
+        else:
+            self.tell("protected", iteration=save.iteration, tier=self._keeper.store.tier, seconds=0.0)
+
+    def close(self, *, failed: bool) -> None:
+        if self._exchange is not None:
+            self._exchange.close(failed=failed or self.broken)
+            self._exchange = None
+
+    def _swap(self, job: SaveJob, attempt: _Attempt) -> str:
+        """The exchange; returns why replicas are missing, "" if none is."""
+        if not self.replicating:
+            return ""
+        if self._exchange is None or self.broken:
+            return "the link to the clique is down"
+        offer = Offer(job.save, job.arena if attempt.sendable else None, attempt.digest)
+        try:
+            received, reasons = self._exchange.run(offer, attempt.inbox)
+        except PeerLostError as error:
+            self.broken = True
+            self.tell("replication_down", iteration=job.save.iteration, error=str(error))
+            return str(error)
+        problems = [f"rank {owner}: {reason}" for owner, reason in reasons.items() if attempt.expected(owner)]
+        for got in received:
+            if self._keeper.holds(job.save, got.owner):  # sent for another holder's sake, after a restart
+                self._keeper.discard(got.owner, got.slot, reusable=True)
+                continue
+            try:
+                self._keeper.commit(job.save, got.owner, got.slot, got.digest, role="replica", split=job.split)
+            except OSError as error:
+                self._keeper.discard(got.owner, got.slot, reusable=True)
+                problems.append(f"replica of rank {got.owner}: {error}")
+        return "; ".join(problems)
+
+    def _finish(self, job: SaveJob, began: float, missing: str) -> None:
+        seconds = self._now() - began
+        cost = int(seconds * 1e6)
+        tier, iteration = self._keeper.store.tier, job.save.iteration
+        if missing:
+            self._board.report(SlotReport(job.save, "primary", settled=True, cost_us=cost), missing)
+            self.tell("warning", what=f"save of iteration {iteration} is not replicated: {missing}", advice="")
+            return
+        self._board.report(SlotReport(job.save, "protected", settled=True, cost_us=cost))
+        self.tell("protected", iteration=iteration, tier=tier, seconds=seconds)
+
+    def commit_primary(self, job: SaveJob, digest: str) -> None:
+        if job.arena is None:
+            raise ValueError("a failed snapshot cannot be committed")
+        self._keeper.commit(job.save, self._keeper.rank, job.arena, digest, role="primary", split=job.split)
+        self._board.report(SlotReport(job.save, "primary"))
+        self.tell("committed", iteration=job.save.iteration, tier=self._keeper.store.tier)
+
+    @property
+    def group(self) -> Agreements:
+        return self._group
+
+    @property
+    def keeper(self) -> ShardKeeper:
+        return self._keeper
+
+
+class _Attempt:
+    """One run of a job: the steps that must happen once, whichever way the exchange goes."""
+
+    def __init__(self, protection: Protection, job: SaveJob, committed: str = "") -> None:
+        self._protection = protection
+        self._job = job
+        self._committed = committed
+        self._voted = bool(committed)
+        self._digest: str | None = committed or None
+        self.error = ""
+        self.sendable = bool(committed) or (job.arena is not None and job.healthy)
+        self.inbox: Inbox = protection.keeper
+
+    def expected(self, owner: int) -> bool:
+        """Whether a replica of `owner` is still missing (after a restart most are there already)."""
+        return not self._protection.keeper.holds(self._job.save, owner)
+
+    def digest(self) -> str | None:
+        """Hash this rank's shard, vote with the data-parallel group, commit where that is quick; None if void."""
+        if not self._voted:
+            self._voted = True
+            self._vote()
+            if self._digest is not None and self._protection.keeper.file_is_arena:
+                self._commit()
+        return self._digest
+
+    def settle(self) -> None:
+        """Finish what is left: the vote if the exchange never came to it, the commit if it takes a slow write."""
+        digest = self.digest()
+        if digest is not None and not self._committed:
+            self._commit()
+
+    def _vote(self) -> None:
+        job, group = self._job, self._protection.group
+        problem = job.error or ("" if job.healthy else UNHEALTHY)
+        digest = None
+        if job.arena is not None:
+            hasher = SegmentedDigest()
+            for start, stop in segments(job.arena.nbytes):
+                hasher.add(job.arena.mapped.view[start:stop])
+            digest = hasher.value()
+        failed = bool(problem) or digest is None
+        seen = job.sample.fingerprint() if job.sample is not None else 0
+        try:
+            any_failed, highest, lowest = group.maximum([int(failed), seen, -seen])
+        except ResilienceError as error:
+            any_failed, highest, lowest = 1, 0, 0
+            problem = problem or str(error)
+        if any_failed:
+            problem = problem or "another rank of the data-parallel group failed it"
+        elif highest != -lowest:
+            problem = "an item that should be equal on all data-parallel ranks differs; the next save finds out which"
+        self.error = problem
+        self._digest = None if problem else digest
+
+    def _commit(self) -> None:
+        try:
+            self._protection.commit_primary(self._job, self._digest or "")
+            self._committed = self._digest or ""
+        except OSError as error:
+            self.error, self._digest = str(error), None

@@ -1,0 +1,291 @@
+"""The order of events at a start: take stock, elect, fetch and verify, agree, load, agree.
+
+No live tensor changes before every rank holds verified bytes of all that it needs. Whatever fails before that strikes a
+copy off, on all ranks, and elects again; a structural mismatch (another model) is raised at once on all ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import xxhash
+
+from resilience import errors
+from resilience.errors import CorruptCopyError, DivergedRanksError, LayoutMismatchError, ResilienceError
+from resilience.job import Job
+from resilience.planning.decision import Decision, ElectionPolicy, Strike
+from resilience.planning.inventory import Inventory, SaveId, Tier
+from resilience.planning.kept import Standing
+from resilience.planning.restore_plan import Plan, needed_owners, plan_restore
+from resilience.planning.retrieval import Fetch, LocalCopy, RetrievalPlan, Verify
+from resilience.planning.topology import Topology
+from resilience.planning.wire import inventories_from_json, inventories_to_json
+from resilience.replication.communicator import Agreements
+from resilience.replication.gathering import ShardGatherer
+from resilience.reports import Resume
+from resilience.restore_shared import SharedLoader
+from resilience.runtime.clock import Clock
+from resilience.snapshot.loader import plan_shard_load
+from resilience.state.training_state import TrainingState
+from resilience.stores.node_store import NodeStore
+
+__all__ = ["Plan", "Restorer", "needed_owners", "plan_restore"]
+
+_RETRY_UNKNOWN_S = 20.0
+_MAX_ROUNDS = 10_000  # a round strikes off at least one copy
+_REFUSED = b'{"refused"'
+
+
+@dataclass
+class Restorer:
+    """One start's restore. `run` is collective over all ranks."""
+
+    job: Job
+    setup: Agreements
+    run_id: str
+    attempt: str  # drawn by the leader; equal on all ranks
+    stores: tuple[NodeStore, ...]
+    gatherer: ShardGatherer | None
+    shared: SharedLoader
+    topology: Topology
+    policy: ElectionPolicy
+    clock: Clock
+    tell: Callable[..., None]
+
+    def run(self, state: TrainingState) -> tuple[Plan, Resume | None]:
+        """Elect, retrieve and load. Returns the plan and, unless this is a fresh start, what was resumed from."""
+        began = self.clock.now()
+        strikes: set[Strike] = set()
+        for round_number in range(_MAX_ROUNDS):
+            plan = self._decide(frozenset(strikes))
+            plan.decision.raise_if_error()
+            chosen = plan.decision.chosen
+            if chosen is None:
+                return plan, None
+            failed, resume = self._try(plan, state, round_number, strikes)
+            if resume is not None:
+                seconds = self.clock.now() - began
+                return plan, replace(resume, seconds=seconds, passed_over=plan.decision.passed_over)
+            strikes |= failed
+        raise DivergedRanksError(f"no save could be loaded in {_MAX_ROUNDS} rounds")
+
+    def close(self) -> None:
+        """Free what was only mapped or fetched for the load. Local; after the last agreement."""
+        if self.gatherer is not None:
+            self.gatherer.close()
+
+    def _decide(self, strikes: frozenset[Strike]) -> Plan:
+        """Ask every source until all answer, for a bound; then go on with those that do, if that is safe."""
+        deadline = self.clock.now() + _RETRY_UNKNOWN_S
+        while True:
+            plan = self._ask(strikes, final=self.clock.now() >= deadline)
+            if not plan.decision.retry:
+                return plan
+            self.tell("warning", what=plan.decision.reason, advice="Trying again.")
+            self.clock.sleep(1.0)
+
+    def _ask(self, strikes: frozenset[Strike], *, final: bool) -> Plan:
+        gathered = self.setup.gather(self._look())
+        answer: bytes | None = None
+        if self.job.rank == 0:
+            refusals = [payload for payload in gathered if payload.startswith(_REFUSED)]
+            answer = refusals[0] if refusals else self._answer(gathered, strikes, final)
+        received = self.setup.broadcast(answer)
+        self._raise_refusal(received)
+        mark = int.from_bytes(xxhash.xxh3_128_digest(received)[:8], "little") >> 1
+        highest, lowest = self.setup.maximum([mark, -mark])
+        if highest != -lowest:
+            raise DivergedRanksError("ranks received different decisions about what to resume from.")
+        return _plan_from_json(received)
+
+    def _look(self) -> bytes:
+        """What this rank has to tell of, or the error that it must not be alone with."""
+        inventories: list[Inventory] = []
+        try:
+            if self.job.leads_node:
+                inventories += [store.inventory() for store in self.stores]
+            if self.job.rank == 0:
+                inventories += self.shared.inventories(self.run_id)
+            return inventories_to_json(inventories)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for this rank's answer
+            return _refusal(error)
+
+    def _answer(self, gathered: Sequence[bytes], strikes: frozenset[Strike], final: bool) -> bytes:
+        """The leader's decision, or the error that it must not be alone with."""
+        try:
+            told = [each for payload in gathered for each in inventories_from_json(payload)]
+            nodes = [each for each in told if each.source in self.job.domains]
+            shared = [each for each in told if each.source not in self.job.domains]
+            plan = self._plan([*nodes, *shared], strikes, final)
+            decided = plan.decision
+            healable = decided.error is not None and not decided.unknown  # what cannot be read cannot be healed
+            if healable and (after := self.shared.inventories_after_heal(self.run_id)):
+                # an interrupted commit may hide the only save: this start fails only if healing would not help
+                hidden = self._plan([*nodes, *after], strikes, final)
+                plan = plan if hidden.decision.error is not None else hidden
+            # not while a source is out of sight: it may know of a higher generation, or be the one to claim
+            # and not by a start that fails: it would evict a job that lives
+            blind = plan.decision.retry or plan.decision.error is not None
+            if not blind and self.shared.claim(self.run_id, self.attempt, plan.decision.next_generation):
+                plan = self._plan([*nodes, *self.shared.inventories(self.run_id)], strikes, final)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for the broadcast
+            return _refusal(error)
+        return json.dumps(dataclasses.asdict(plan), separators=(",", ":")).encode()
+
+    def _plan(self, inventories: list[Inventory], strikes: frozenset[Strike], final: bool) -> Plan:
+        return plan_restore(
+            inventories,
+            run_id=self.run_id,
+            nodes=self.job.nodes,
+            coordinates=self.job.coordinates,
+            topology=self.topology,
+            strikes=strikes,
+            policy=replace(self.policy, unknown_final=final),
+        )
+
+    def _raise_refusal(self, answer: bytes) -> None:
+        refused = json.loads(answer).get("refused")
+        if refused is not None:
+            kind = getattr(errors, refused[0], ResilienceError)
+            raise kind(refused[1])
+
+    def _try(
+        self, plan: Plan, state: TrainingState, round_number: int, struck_before: Collection[Strike]
+    ) -> tuple[set[Strike], Resume | None]:
+        """Obtain, agree, load, agree. Returns the copies that failed on any rank, or what was resumed from."""
+        chosen = plan.decision.chosen
+        if chosen is None:
+            raise ValueError("nothing was chosen")
+        failed: Sequence[Strike] = ()
+        load: Callable[[TrainingState], Callable[[], Resume]] | None = None
+        problem: ResilienceError | OSError | None = None
+        try:
+            if chosen.kind == "shared":
+                failed, load = self.shared.obtain(chosen, state)
+            else:
+                failed, load = self._obtain(chosen.save, plan, round_number)
+        except (ResilienceError, OSError) as error:  # no room for what it fetches, a peer that died: no copy is bad
+            problem = error
+        struck = self._agree_strikes(failed, problem)
+        if struck:
+            return struck, None
+        if load is None:
+            raise ValueError("agreed on shards that are not there")
+        unfit: ResilienceError | None = None
+        copy: Callable[[], Resume] | None = None
+        bad: list[Strike] = []
+        try:
+            copy = load(state)
+        except (CorruptCopyError, OSError) as error:  # no bad copy is the end: the next candidate
+            if chosen.kind == "node" and not isinstance(error, CorruptCopyError):
+                problem = error  # its digests were proved: this node's trouble, and no copy's
+            else:
+                bad = [Strike(where, tier, chosen.save) for where, tier in _places(plan)]
+                self.tell("warning", what=f"iteration {chosen.save.iteration} cannot be read: {error}", advice="")
+        except ResilienceError as error:
+            unfit = error
+        self._agree_or_raise(unfit)
+        struck = self._agree_strikes(bad, problem)
+        if struck:
+            return struck, None
+        if copy is None:
+            raise ValueError("agreed on a load that is not there")
+        resume = copy()  # the first live tensor changes here
+        if self.gatherer is not None:
+            # only now: until the election is over, the record of a bad primary still says what its owner's digest was
+            self.gatherer.drop_bad_copies(struck_before)
+        return set(), self._summed(resume)
+
+    def _obtain(
+        self, save: SaveId, plan: Plan, round_number: int
+    ) -> tuple[list[Strike], Callable[[TrainingState], Callable[[], Resume]]]:
+        if self.gatherer is None or plan.decision.chosen is None:
+            raise ValueError("a save on nodes was elected where no node store is configured")
+        gatherer, tier = self.gatherer, plan.decision.chosen.tier
+        failed = gatherer.obtain(save, plan.retrieval, plan.split, f"fetch/{round_number}")
+
+        def load(state: TrainingState) -> Callable[[], Resume]:
+            owners = self.job.data_parallel() if plan.split else (self.job.rank,)
+            copy = plan_shard_load(state, gatherer.shards(save, plan.retrieval, owners), self.job.rank)
+
+            def finish() -> Resume:
+                copy()
+                fetched = gatherer.roles.count("fetched")
+                return Resume(
+                    save.iteration, save.generation, tier, 0.0, gatherer.retrieved_bytes,
+                    own_copies=len(gatherer.roles) - fetched, replica_copies=fetched,
+                )  # fmt: skip
+
+            return finish
+
+        return failed, load
+
+    def _summed(self, resume: Resume) -> Resume:
+        """What was moved and found, over all ranks; also the last agreement: every rank has loaded."""
+        mine = [resume.retrieved_bytes, resume.own_copies, resume.replica_copies]
+        counts = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
+        retrieved, own, replicas = (sum(column) for column in zip(*counts, strict=True))
+        return replace(resume, retrieved_bytes=retrieved, own_copies=own, replica_copies=replicas)
+
+    def _agree_strikes(self, failed: Sequence[Strike], problem: ResilienceError | OSError | None) -> set[Strike]:
+        """The copies that failed on any rank. What kept a rank from trying (`problem`) is raised on all."""
+        mine = {"failed": [dataclasses.asdict(strike) for strike in failed], "problem": str(problem or "")[:2000]}
+        everyone = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
+        if problem is not None:
+            raise problem
+        for rank, told in enumerate(everyone):
+            if told["problem"]:
+                raise ResilienceError(f"rank {rank} could not obtain what it needs: {told['problem']}")
+        strikes = [strike for told in everyone for strike in told["failed"]]
+        return {Strike(**each | {"save": SaveId(**each["save"])}) for each in strikes}
+
+    def _agree_or_raise(self, problem: ResilienceError | None) -> None:
+        """When one rank cannot take the save in, all learn of it and raise together."""
+        if not self.setup.maximum([int(problem is not None)])[0]:
+            return
+        if problem is not None:
+            raise problem
+        raise LayoutMismatchError("another rank cannot load the elected save.", advice="See that rank's log.")
+
+
+def _refusal(error: Exception) -> bytes:
+    """What makes all ranks raise it alike."""
+    if isinstance(error, ResilienceError):
+        return json.dumps({"refused": [type(error).__name__, str(error)]}).encode()
+    if isinstance(error, OSError):
+        return json.dumps({"refused": ["StoreError", str(error)]}).encode()
+    return json.dumps({"refused": ["ResilienceError", f"{type(error).__name__}: {error}"]}).encode()
+
+
+def _places(plan: Plan) -> set[tuple[str, Tier]]:
+    """Where the elected save's bytes came from."""
+    chosen = plan.decision.chosen
+    if chosen is not None and chosen.kind == "shared":
+        return {(chosen.source, chosen.tier)}
+    own = {(copy.node_dir, copy.tier) for copy in plan.retrieval.local}
+    return own | {(fetch.from_dir, fetch.tier) for fetch in plan.retrieval.fetches}
+
+
+def _plan_from_json(content: bytes) -> Plan:
+    fields: dict[str, Any] = json.loads(content)
+    retrieval = fields["retrieval"]
+    standing = fields["standing"]
+    return Plan(
+        decision=Decision.from_json(json.dumps(fields["decision"])),
+        retrieval=RetrievalPlan(
+            tuple(LocalCopy(**each) for each in retrieval["local"]),
+            tuple(Fetch(**each) for each in retrieval["fetches"]),
+            tuple(Verify(**each) for each in retrieval["verify"]),
+        ),
+        standing=Standing(
+            tuple(SaveId(**each) for each in standing["kept"]),
+            tuple(standing["digests"]),
+            tuple((owner, rank) for owner, rank in standing["lacking"]),
+        ),
+        split=fields["split"],
+        notes=tuple(fields["notes"]),
+    )

@@ -1,0 +1,1 @@
+"""The process's edge: clock, threads, signals, the watchdog."""

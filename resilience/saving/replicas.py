@@ -1,0 +1,114 @@
+"""The life of this rank's copies on nodes: the links to its clique over the epochs, and what goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from resilience.assembly import Start
+from resilience.errors import PeerLostError, ResilienceError
+from resilience.replication.clique import CliqueExchange
+from resilience.replication.communicator import Agreements
+from resilience.replication.protection import Board, Protection, SaveJob
+from resilience.restore import Plan
+from resilience.runtime.clock import Clock
+from resilience.runtime.worker import Lane
+from resilience.stores.keeper import ShardKeeper
+
+__all__ = ["Replicas"]
+
+
+class Replicas:
+    """Everything here happens in the protect lane, in the order in which all ranks agreed on it."""
+
+    def __init__(
+        self,
+        start: Start,
+        keeper: ShardKeeper,
+        group: Agreements,
+        board: Board,
+        lane: Lane,
+        clock: Clock,
+        tell: Callable[..., None],
+    ) -> None:
+        """`group`: the data-parallel group, used by the lane alone."""
+        self._start = start
+        self._keeper = keeper
+        self._lane = lane
+        self._clock = clock
+        self._tell = tell
+        self._protection = Protection(keeper, group, board, tell, clock.now)
+        self._bytes_per_s: float | None = None
+        self._epoch = 0
+        self._rebuilding = False
+
+    def begin(self, plan: Plan, bytes_per_s: float | None) -> None:
+        """Open the first links and send what the elected save lacks. `bytes_per_s`: cap of the traffic."""
+        if self._start.topology.factor == 1:
+            return
+        self._bytes_per_s = bytes_per_s
+        self._protection.replicating = True
+        self._lane.submit("connect", lambda: self._connect(0))
+        self._again(plan)
+
+    def submit(self, job: SaveJob) -> None:
+        """Hand over one agreed save."""
+        self._lane.submit(f"save {job.save.iteration}", lambda: self._protection.run(job))
+
+    def close(self, *, failed: bool) -> None:
+        self._protection.close(failed=failed)
+
+    def _again(self, plan: Plan) -> None:
+        """A node that came empty gets its copies back at once, in the background: one exchange, like a save's."""
+        chosen, standing = plan.decision.chosen, plan.standing
+        keeper, protection, rank = self._keeper, self._protection, self._start.job.rank
+        clique = set(self._start.topology.clique_of(rank))
+        if chosen is None or not any(owner in clique for owner, _ in standing.lacking):
+            return
+        sends = any(owner == rank for owner, _ in standing.lacking)
+        save, digest = chosen.save, standing.digests[rank]
+
+        def replicate() -> None:
+            arena = None
+            try:
+                arena = keeper.mapped(save, rank) if sends else None
+            except (ResilienceError, OSError) as error:  # the others must hear "nothing", not silence
+                self._tell(
+                    "warning", what=f"the shard of iteration {save.iteration} cannot be sent: {error}", advice=""
+                )
+            protection.restore_replicas(save, arena, digest, plan.split)
+
+        self._lane.submit("replicate again", replicate)
+
+    def _connect(self, epoch: int) -> None:
+        """Open the links of an epoch to the clique. In the protect lane."""
+        topology, rank, protection = self._start.topology, self._start.job.rank, self._protection
+        self._rebuilding = False
+        members = topology.clique_of(rank)
+        protection.connect(None)
+        if len(members) == 1:
+            protection.replicating = False
+            return
+        try:
+            links = self._start.communicator.links(f"epoch{epoch}/clique{members[0]}", members)
+        except PeerLostError as error:
+            self._tell("replication_down", error=str(error), epoch=epoch)
+            return
+        protection.connect(CliqueExchange(links, rank, topology.holders[rank], topology.held()[rank], self._pace))
+        if epoch:
+            self._tell("epoch", epoch=epoch)
+
+    def _pace(self, nbytes: int) -> None:
+        """Keep under `replication_bytes_per_s`."""
+        if self._bytes_per_s:
+            self._clock.sleep(nbytes / self._bytes_per_s)
+
+    def epoch_wanted(self) -> int:
+        """The next epoch if this rank's links are down, else the one in force."""
+        return self._epoch + 1 if self._protection.broken and not self._rebuilding else self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """All ranks agreed on `epoch`: rebuild the links, in the lane's order."""
+        if epoch > self._epoch:
+            self._epoch = epoch
+            self._rebuilding = True
+            self._lane.submit("connect", lambda: self._connect(epoch))

@@ -1,0 +1,37 @@
+"""What one snapshot is to become, and the snapshot itself on its way to the lanes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resilience.replication.protection import SaveJob
+from resilience.snapshot.arena import Arena
+from resilience.state.items import Collected
+
+__all__ = ["Snapshot", "Wish"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one snapshot is to become."""
+
+    on_nodes: bool = False
+    to_global: bool = False
+    persistent: bool = False
+
+    @property
+    def drain(self) -> bool:
+        return self.to_global or self.persistent
+
+    @property
+    def any(self) -> bool:
+        return self.on_nodes or self.drain
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A filled and sealed arena, pinned once for each lane that reads it."""
+
+    arena: Arena
+    collected: Collected
+    job: SaveJob

@@ -1,0 +1,89 @@
+"""The plan of this rank's shard, kept while the structure of the state stays the same.
+
+Making a plan is collective over the data-parallel group (it finds out what is equal); using it is not. A save that
+finds another structure fails, and the next one makes a new plan on all ranks, because "a save failed" is agreed and "my
+structure changed" is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from resilience.errors import DivergedRanksError, LayoutMismatchError, ResilienceError
+from resilience.replication.communicator import Agreements
+from resilience.snapshot.arena import Arena
+from resilience.snapshot.copier import EagerCopier
+from resilience.snapshot.equality import RotatingShare, Sample, agree_shared
+from resilience.snapshot.layout import Layout, plan_layout
+from resilience.snapshot.pieces import pieces_of
+from resilience.state.items import Collected, Item
+
+__all__ = ["SnapshotPlanner"]
+
+
+class SnapshotPlanner:
+    """Plans, fills and checks this rank's shards."""
+
+    def __init__(self, group_ranks: Sequence[int], part: int, *, split: bool) -> None:
+        """`part` is this rank's place in `group_ranks`, the data-parallel group."""
+        self._ranks = tuple(group_ranks)
+        self._part = part
+        self.split = split and len(self._ranks) > 1
+        self.layout: Layout | None = None
+        self.shared: frozenset[str] = frozenset()
+        self._unequal: frozenset[str] = frozenset()  # told already
+        self._structure: tuple[object, ...] = ()
+        self._share = RotatingShare((), frozenset())
+        self._copier = EagerCopier()
+
+    def plan(self, collected: Collected | ResilienceError, group: Agreements) -> frozenset[str]:
+        """Make a new plan. Collective over the group; a rank whose state could not be collected passes the error.
+
+        Returns the keys that differ between ranks and were not known to. Raises on all ranks if one passed an error.
+        """
+        failed = group.maximum([int(isinstance(collected, ResilienceError))])[0]
+        if isinstance(collected, ResilienceError):
+            raise collected
+        if failed:
+            raise DivergedRanksError(
+                "another rank of the data-parallel group could not collect its state.", advice="See that rank's log."
+            )
+        self.shared, differ = agree_shared(collected.items, group)
+        news, self._unequal = differ - self._unequal, self._unequal | differ
+        self._structure = _structure(collected.items)
+        self._share = RotatingShare(collected.items, self.shared)
+        self._place(collected)
+        return news
+
+    def fit(self, collected: Collected) -> Layout:
+        """The layout for `collected`; LayoutMismatchError if its structure is not the planned one. Not collective."""
+        if self.layout is None or _structure(collected.items) != self._structure:
+            raise LayoutMismatchError(
+                "the structure of the training state changed since the last save (names, shapes or dtypes).",
+                advice="This save is given up; the next one plans anew.",
+            )
+        if len(collected.values) > self.layout.values_capacity:
+            self._place(collected)  # only this rank's file grows: nobody else need know
+        return self.layout
+
+    def fill(self, collected: Collected, arena: Arena) -> None:
+        """Copy all items and values into `arena`."""
+        if self.layout is None:
+            raise ValueError("no plan was made")
+        arena.use(self.layout)
+        self._copier.copy(collected.items, arena)
+        arena.write_values(collected.values)
+
+    def sample(self, collected: Collected, turn: int) -> Sample:
+        return self._share.take(collected.items, turn)
+
+    def _place(self, collected: Collected) -> None:
+        pieces = pieces_of(
+            collected.items, self.shared, part=self._part, parts=len(self._ranks), split=self.split
+        )  # fmt: skip
+        aliases = {item.key: item.alias_of for item in collected.items if item.alias_of is not None}
+        self.layout = plan_layout(pieces, aliases, len(collected.values), self._ranks)
+
+
+def _structure(items: Sequence[Item]) -> tuple[object, ...]:
+    return tuple((i.key, i.tensor.dtype, i.tensor.shape, i.global_shape, i.offsets, i.alias_of) for i in items)

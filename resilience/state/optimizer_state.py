@@ -1,0 +1,187 @@
+"""What of an optimizer is state, under which names, and how it is put back to the bit.
+
+Torch's own `load_state_dict` casts state to the parameter's dtype (a float32 momentum of a bfloat16 parameter comes
+back rounded) and goes by position; so state is read from and written to `optimizer.state` and `param_groups` directly,
+by the parameter's name in the model. Hooks on `Optimizer.state_dict` are not run. An optimizer that brings its own
+`state_dict` or `load_state_dict` goes through those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from resilience.errors import ConfigError
+
+#: Gives the names of the models' parameters by identity (`id`). Called when an optimizer's groups change, no oftener.
+NamesById = Callable[[], Mapping[int, str]]
+
+
+class OptimizerState:
+    """One `torch.optim.Optimizer` as a part of the training state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, position: int, names_by_id: NamesById) -> None:
+        self.optimizer = optimizer
+        self.position = position
+        self._names_by_id = names_by_id
+        self._named: list[list[tuple[torch.Tensor, str]]] = []
+        self._outside: set[str] = set()  # names of parameters that belong to no model
+
+    def collect(self) -> dict[str, Any]:
+        """State by parameter name, in the order of the groups, whatever order it came into being."""
+        state: dict[str, Any] = {}
+        outside: dict[str, torch.Tensor] = {}
+        for parameter, name in self._parameters():
+            if parameter in self.optimizer.state:
+                state[name] = self.optimizer.state[parameter]
+            if name in self._outside:
+                outside[name] = parameter
+        tree: dict[str, Any] = {"state": state, "param_groups": self._groups()}
+        if outside:  # trained, but part of no model: nobody else would store it
+            tree["parameters"] = outside
+        shared = {key: value for key, value in self.optimizer.state.items() if not isinstance(key, torch.Tensor)}
+        if shared:  # an optimizer may keep state that belongs to no parameter
+            tree["shared"] = shared
+        return tree
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """All parameters of this optimizer by name."""
+        return {name: parameter for parameter, name in self._parameters()}
+
+    def differences(self, saved: Any) -> list[str]:
+        """Why a saved state cannot be put back here, in words; empty when it can."""
+        where = f"optimizer/{self.position}"
+        if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+            return [f"{where}: saved from an object with its own state_dict, here it is a torch optimizer"]
+        here, there = self._groups(), saved["param_groups"]
+        if len(here) != len(there):
+            return [
+                f"{where}: saved with {len(there)} param groups, here it has {len(here)} (groups that were added by "
+                f"add_param_group have to be added before the restore)"
+            ]
+        found = []
+        for index, (live, old) in enumerate(zip(here, there, strict=True)):
+            if live["params"] != old["params"]:
+                found.append(f"{where}/param_groups/{index}: {_difference_of_names(old['params'], live['params'])}")
+        known = self.parameters()
+        found += [f"{where}/state/{name}: saved, but no parameter here" for name in saved["state"] if name not in known]
+        if saved.get("parameters", {}).keys() != self._outside:
+            found.append(f"{where}: the parameters that belong to no model are not those that were saved")
+        return found
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Put back state and groups; what a saved tensor holds becomes the optimizer's own, not a copy.
+
+        Group dicts stay the same objects, and a hyperparameter that is a tensor keeps its memory (compiled and captured
+        steps hold on to it).
+        """
+        parameters = self.parameters()
+        self.optimizer.state.clear()
+        for name, state in saved["state"].items():
+            self.optimizer.state[parameters[name]] = state
+        self.optimizer.state.update(saved.get("shared", {}))
+        for live, old in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
+            for name, value in old.items():
+                if name == "params":
+                    continue
+                if not _copied_into(live.get(name), value):
+                    live[name] = value
+
+    def _groups(self) -> list[dict[str, Any]]:
+        names = self._names()
+        groups = []
+        for group, named in zip(self.optimizer.param_groups, names, strict=True):
+            # By name: the order in which hyperparameters were added to a group says nothing.
+            hyperparameters = {key: group[key] for key in sorted(group, key=str) if key != "params"}
+            groups.append({**hyperparameters, "params": [name for _, name in named]})
+        return groups
+
+    def _parameters(self) -> Iterator[tuple[torch.Tensor, str]]:
+        for group in self._names():
+            yield from group
+
+    def _names(self) -> list[list[tuple[torch.Tensor, str]]]:
+        """Parameters and their names, group by group; worked out again when the groups changed."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        if [[id(each) for each in group] for group in groups] != [[id(each) for each, _ in g] for g in self._named]:
+            known = self._names_by_id()
+            self._named = [
+                [(each, known.get(id(each), f"param.{index}.{place}")) for place, each in enumerate(group)]
+                for index, group in enumerate(groups)
+            ]
+            self._outside = {name for group in self._named for each, name in group if id(each) not in known}
+        return self._named
+
+
+class OpaqueOptimizerState:
+    """An optimizer that brings its own `state_dict` and `load_state_dict`, which alone know what belongs to it."""
+
+    def __init__(self, optimizer: Any, position: int) -> None:
+        if not callable(getattr(optimizer, "state_dict", None)) or not callable(
+            getattr(optimizer, "load_state_dict", None)
+        ):
+            raise ConfigError(
+                f"optimizer is a {type(optimizer).__name__} without state_dict and load_state_dict.",
+                advice="Give a torch.optim.Optimizer, or an object with these two methods.",
+            )
+        self.optimizer = optimizer
+        self.position = position
+
+    def collect(self) -> dict[str, Any]:
+        """Whatever the object says its state is."""
+        return {"state_dict": self.optimizer.state_dict()}
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """None by name: the object's own state dict refers to them as it likes."""
+        return {}
+
+    def differences(self, saved: Any) -> list[str]:
+        """Only whether it was saved from an object of this kind; the rest is the object's to judge."""
+        if isinstance(saved, dict) and saved.keys() == {"state_dict"}:
+            return []
+        return [
+            f"optimizer/{self.position}: saved from a torch optimizer, here it is an object with its own state_dict"
+        ]
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Hand the state back to the object."""
+        self.optimizer.load_state_dict(saved["state_dict"])
+
+
+def optimizer_state(optimizer: Any, position: int, names_by_id: NamesById) -> OptimizerState | OpaqueOptimizerState:
+    """The way in which this optimizer's state is read and written."""
+    ours, base = type(optimizer), torch.optim.Optimizer
+    if isinstance(optimizer, base) and (ours.state_dict, ours.load_state_dict) == (
+        base.state_dict,
+        base.load_state_dict,
+    ):
+        return OptimizerState(optimizer, position, names_by_id)
+    return OpaqueOptimizerState(optimizer, position)
+
+
+def _copied_into(live: Any, saved: Any) -> bool:
+    if not isinstance(live, torch.Tensor) or not isinstance(saved, torch.Tensor):
+        return False
+    if live.shape != saved.shape or live.dtype != saved.dtype:
+        return False
+    with torch.no_grad():
+        live.copy_(saved)
+    return True
+
+
+def _difference_of_names(saved: list[str], here: list[str]) -> str:
+    missing, added = [n for n in saved if n not in here], [n for n in here if n not in saved]
+    if not missing and not added:
+        return "holds the same parameters in another order"
+    parts = []
+    if missing:
+        parts.append(f"saved with {_few(missing)}, which it lacks here")
+    if added:
+        parts.append(f"holds {_few(added)}, which the save lacks")
+    return "; ".join(parts)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

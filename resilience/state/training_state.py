@@ -1,0 +1,162 @@
+"""The whole of a rank's training state: collected into one tree at a save, put back from one at a restart.
+
+    {"model": [{name: tensor}], "optimizer": [{"state": …, "param_groups": …}], "scheduler": …, "scaler": …,
+     "dataloader": …, "extra": {name: …}, "train_state": {…}, "rng": {…}}
+
+RNG comes last both ways: what another object's `state_dict` or `load_state_dict` draws must not be lost, nor count.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from resilience.errors import ConfigError
+from resilience.state import rng
+from resilience.state.dataloader import LoaderCursor
+from resilience.state.items import Collected, Place, SavedItem, items_of
+from resilience.state.load_plan import LoadPlan
+from resilience.state.model_state import ModelState
+from resilience.state.optimizer_state import optimizer_state
+from resilience.state.parallel_layout import ParallelLayout
+from resilience.state.train_state import TrainState
+from resilience.state.tree import encode, path_component
+
+#: Parts of the tree, in order; a save, or a load, may take some of them only.
+PARTS = ("model", "optimizer", "scheduler", "scaler", "dataloader", "extra", "train_state", "rng")
+
+
+class TrainingState:
+    """All that a run needs to go on as if it had never stopped; takes the arguments of `ResilientTrainer`.
+
+    `model`, `optimizer` and `scheduler` may be lists. `extra_state` maps names to objects with `state_dict` and
+    `load_state_dict`. `tokenizer`, `run_config`, `layout` and `healthy` are only kept here for those who save.
+    Batches are drawn through `loader`, counters live in `train_state`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        scheduler: Any = None,
+        dataloader: Any = None,
+        extra_state: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        run_config: Mapping[str, Any] | None = None,
+        layout: ParallelLayout | None = None,
+        healthy: Callable[[], bool] | None = None,
+        scaler: Any = None,
+    ) -> None:
+        self.models = tuple(ModelState(each, position) for position, each in enumerate(_listed(model)))
+        if not self.models:
+            raise ConfigError("model is empty.", advice="Give at least one torch.nn.Module.")
+        self.optimizers = tuple(
+            optimizer_state(each, position, self._names_by_id) for position, each in enumerate(_listed(optimizer))
+        )
+        self.schedulers = tuple(_with_state("scheduler", each) for each in _listed(scheduler))
+        self.scheduler_is_list = isinstance(scheduler, (list, tuple))
+        self.scaler = None if scaler is None else _with_state("scaler", scaler)
+        self.loader = LoaderCursor(dataloader)
+        self.extra = {name: _with_state(f"extra_state[{name!r}]", each) for name, each in (extra_state or {}).items()}
+        if not all(type(name) is str for name in self.extra):
+            raise ConfigError(f"extra_state has the names {list(self.extra)}; each has to be a str.")
+        if healthy is not None and not callable(healthy):
+            raise ConfigError(f"healthy is {healthy!r}; a callable without arguments is expected.")
+        self.train_state = TrainState()
+        self.tokenizer = tokenizer
+        self.run_config = run_config
+        self.layout = layout
+        self.healthy = healthy
+        self._places: dict[Hashable, Place] = {}
+
+    def collect(self, parts: Collection[str] = PARTS) -> Collected:
+        """This rank's state as it is now: live tensors, nothing copied. Call it at a boundary, on every rank alike.
+
+        `parts` says which of `PARTS` to take. Raises UnsupportedStateError for what cannot be stored.
+        """
+        with torch.no_grad(), _no_garbage_collection():
+            values, tensors = encode(self.tree(parts))
+            return Collected(items_of(tensors, self._places), values)
+
+    def plan_load(self, values: bytes, index: Mapping[str, SavedItem], parts: Collection[str] = PARTS) -> LoadPlan:
+        """What has to be filled to load a save; `index` says what the save holds for this rank, by key.
+
+        Touches no live tensor and no live object. Raises LayoutMismatchError, listing the differences, when the save is
+        not of such a state as this, and CorruptCopyError when values and index make no sense.
+        """
+        with torch.no_grad():
+            return LoadPlan(self, values, index, parts)
+
+    def tree(self, parts: Collection[str] = PARTS) -> dict[str, Any]:
+        """The state as one tree of live tensors and plain values, parts in the order of `PARTS`."""
+        collectors: dict[str, Callable[[], Any]] = {
+            "model": lambda: [model.collect() for model in self.models],
+            "optimizer": lambda: [optimizer.collect() for optimizer in self.optimizers],
+            "scheduler": self._scheduler_state,
+            "scaler": lambda: None if self.scaler is None else self.scaler.state_dict(),
+            "dataloader": self.loader.state_dict,
+            "extra": lambda: {name: self.extra[name].state_dict() for name in sorted(self.extra)},
+            "train_state": self.train_state.to_dict,
+            "rng": lambda: rng.capture(self.devices),
+        }
+        return {part: collectors[part]() for part in PARTS if part in parts}
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices that the models' parameters lie on."""
+        return {device for model in self.models for device in model.devices}
+
+    def _scheduler_state(self) -> Any:
+        states = [scheduler.state_dict() for scheduler in self.schedulers]
+        return states if self.scheduler_is_list else states[0] if states else None
+
+    def buffer_keys(self) -> set[str]:
+        """The items' keys of the models' buffers."""
+        return {f"model/{model.position}/{path_component(name)}" for model in self.models for name in model.buffers()}
+
+    def model_key(self, parameter_name: str) -> str:
+        """The item's key of a parameter, given its name in an optimizer's state."""
+        if len(self.models) == 1:
+            return f"model/0/{path_component(parameter_name)}"
+        chunk, _, name = parameter_name.partition(".")
+        return f"model/{chunk}/{path_component(name)}"
+
+    def _names_by_id(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for model in self.models:
+            prefix = f"{model.position}." if len(self.models) > 1 else ""  # chunks count their layers alike
+            names.update((id(parameter), prefix + name) for name, parameter in model.parameters())
+        return names
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep the collector from walking the whole process because a few ten thousand small objects are being made: for
+    20,000 tensors that took longer than all the rest."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    if given is None:
+        return ()
+    return given if isinstance(given, (list, tuple)) else (given,)
+
+
+def _with_state(name: str, given: Any) -> Any:
+    if callable(getattr(given, "state_dict", None)) and callable(getattr(given, "load_state_dict", None)):
+        return given
+    raise ConfigError(
+        f"{name} is a {type(given).__name__} without state_dict and load_state_dict.",
+        advice="Give an object that has both methods.",
+    )

@@ -1,0 +1,396 @@
+"""How this package touches a disk: every call that opens, writes, renames or deletes is in this file.
+
+Rules that hold for all of them: links are never followed in the last component, only regular files owned by us (or
+root) are opened, reads are bounded by the caller, what must survive a crash is fsynced with its directory, and space is
+reserved before it is mapped (a full tmpfs is ENOSPC here, never SIGBUS later).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from resilience.errors import CorruptCopyError, StoreError, UnsafePathError
+
+__all__ = ["FileStat", "FileSystem", "MappedFile", "PosixFileSystem"]
+
+#: Prefix of every file or folder that is not yet what its name will say; swept by the owner's next start.
+TEMPORARY_PREFIX = ".tmp-"
+
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
+_RECORD_LIMIT = 1 << 20
+_MAKE_DIR_ATTEMPTS = 100
+_counter = itertools.count()
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What `stat` said without following links."""
+
+    nbytes: int
+    is_file: bool
+    is_dir: bool
+    uid: int
+    inode: int
+    open_to_others: bool = False  # a directory in which somebody else may rename and remove what is ours
+
+
+class MappedFile:
+    """A file mapped into memory; `view` is its bytes, alive until `close`.
+
+    The mapping follows the inode, so that the file may be renamed under it.
+    """
+
+    def __init__(self, path: Path, mapping: mmap.mmap, nbytes: int) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self._mapping: mmap.mmap | None = mapping
+        self.view = memoryview(mapping)[:nbytes]
+
+    def close(self) -> None:
+        """Unmap. Views that somebody still holds (tensors) keep the memory until they are dropped."""
+        if self._mapping is None:
+            return
+        mapping, self._mapping = self._mapping, None
+        try:
+            self.view.release()
+            mapping.close()
+        except BufferError:
+            pass  # a tensor over the mapping is alive; the last reference unmaps
+
+
+class FileSystem(Protocol):
+    """The port through which stores reach a disk; the cluster simulator puts its own behind it."""
+
+    def make_dir(self, path: Path) -> None: ...
+    def list_dir(self, path: Path) -> list[str]: ...
+    def stat(self, path: Path) -> FileStat | None: ...
+    def read(self, path: Path, limit: int = _RECORD_LIMIT) -> bytes: ...
+    def write_atomic(self, path: Path, content: bytes, *, durable: bool = True) -> None: ...
+    def create_mapping(self, path: Path, nbytes: int) -> MappedFile: ...
+    def open_mapping(self, path: Path, *, writable: bool = False, populate: bool = False) -> MappedFile: ...
+    def write_file(self, path: Path, chunks: Iterator[memoryview]) -> None: ...
+    def rename(self, source: Path, target: Path) -> None: ...
+    def unlink(self, path: Path) -> bool: ...
+    def remove_dir(self, path: Path) -> bool: ...
+    def remove_tree(self, path: Path) -> None: ...
+    def fsync_dir(self, path: Path) -> None: ...
+    def fsync_file(self, path: Path) -> None: ...
+    def is_memory_backed(self, path: Path) -> bool: ...
+    def free_bytes(self, path: Path) -> int: ...
+    def is_network(self, path: Path) -> bool: ...
+
+
+class PosixFileSystem:
+    """The real disk."""
+
+    def make_dir(self, path: Path) -> None:
+        """Make `path` and its parents, each new one 0700; the last one must be ours and no link."""
+        for attempt in itertools.count():
+            try:
+                _make_missing(path)
+                found = os.lstat(path)
+                break
+            except OSError as error:
+                # a parent was empty, and another rank removed it meanwhile; that cannot go on for ever
+                if not isinstance(error, (FileNotFoundError, FileExistsError)) or attempt >= _MAKE_DIR_ATTEMPTS:
+                    raise _store_error("cannot make the directory", path, error) from error
+        if not stat.S_ISDIR(found.st_mode):
+            raise UnsafePathError(f"{path} is no directory (or a link to one).", advice="Remove it.")
+        if found.st_uid not in (os.geteuid(), 0):
+            raise UnsafePathError(
+                f"{path} belongs to uid {found.st_uid}, not to {os.geteuid()}.", advice="Choose another directory."
+            )
+
+    def list_dir(self, path: Path) -> list[str]:
+        """Names in `path`, sorted; empty if it does not exist. Any other failure is a StoreError."""
+        try:
+            return sorted(os.listdir(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _store_error("cannot list", path, error) from error
+
+    def stat(self, path: Path) -> FileStat | None:
+        """None if nothing is there; a link is reported as neither file nor directory."""
+        try:
+            found = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _store_error("cannot look at", path, error) from error
+        return FileStat(
+            found.st_size,
+            stat.S_ISREG(found.st_mode),
+            stat.S_ISDIR(found.st_mode),
+            found.st_uid,
+            found.st_ino,
+            open_to_others=bool(found.st_mode & 0o022) and not found.st_mode & stat.S_ISVTX,
+        )
+
+    def read(self, path: Path, limit: int = _RECORD_LIMIT) -> bytes:
+        """The whole of a small file. FileNotFoundError if absent; CorruptCopyError above `limit` bytes."""
+        with self._open(path) as fd:
+            nbytes = os.fstat(fd).st_size
+            if nbytes > limit:
+                raise CorruptCopyError(f"{path} has {nbytes} bytes where at most {limit} are expected.")
+            return _read_all(fd, nbytes, path)
+
+    def write_atomic(self, path: Path, content: bytes, *, durable: bool = True) -> None:
+        """Write beside, fsync, rename, fsync the directory:
+
+        afterwards `path` holds all of `content` or is as before.
+        """
+        # process ids repeat from one container to the next, so chance has a part in the name
+        unique = f"{os.getpid()}-{next(_counter)}-{secrets.token_hex(4)}"
+        beside = path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name}"[:200])
+        created = False
+        try:
+            fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            created = True
+            try:
+                _write_all(fd, memoryview(content))
+                if durable:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(beside, path)
+            if durable:
+                self.fsync_dir(path.parent)
+        except OSError as error:
+            if created:
+                _unlink_quietly(beside)
+            raise _store_error("cannot write", path, error) from error
+
+    def create_mapping(self, path: Path, nbytes: int) -> MappedFile:
+        """A new file of `nbytes`, reserved, mapped and pre-faulted. Nothing is left behind when it fails."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _store_error("cannot create", path, error) from error
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            mapping = mmap.mmap(fd, nbytes)
+            _populate(mapping, nbytes)
+        except OSError as error:
+            _unlink_quietly(path)
+            raise _store_error(f"cannot reserve {nbytes} bytes for", path, error) from error
+        finally:
+            os.close(fd)
+        return MappedFile(path, mapping, nbytes)
+
+    def open_mapping(self, path: Path, *, writable: bool = False, populate: bool = False) -> MappedFile:
+        """Map an existing file;
+
+        FileNotFoundError if absent. Not `writable`: private, so that it can never be changed.
+        """
+        with self._open(path, os.O_RDWR if writable else os.O_RDONLY) as fd:
+            nbytes = os.fstat(fd).st_size
+            if nbytes == 0:
+                raise CorruptCopyError(f"{path} is empty.")
+            flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
+            try:
+                if writable:  # a sparse file would be SIGBUS on a full mount
+                    os.posix_fallocate(fd, 0, nbytes)
+                mapping = mmap.mmap(fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+                if populate:
+                    _populate(mapping, nbytes, writable=writable)
+                return MappedFile(path, mapping, nbytes)
+            except OSError as error:
+                raise _store_error("cannot map", path, error) from error
+
+    def write_file(self, path: Path, chunks: Iterator[memoryview]) -> None:
+        """Write `chunks` to a new file and fsync it (not its directory). The file is removed when that fails."""
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                for chunk in chunks:
+                    _write_all(fd, chunk)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno != errno.EEXIST:
+                _unlink_quietly(path)
+            raise _store_error("cannot write", path, error) from error
+
+    def rename(self, source: Path, target: Path) -> None:
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            raise _store_error(f"cannot rename to {target}:", source, error) from error
+
+    def unlink(self, path: Path) -> bool:
+        """True if something was removed, False if nothing was there."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _store_error("cannot remove", path, error) from error
+        return True
+
+    def remove_dir(self, path: Path) -> bool:
+        """Remove an empty folder; False if something is in it, or nothing was there."""
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise _store_error("cannot remove", path, error) from error
+        return True
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder that we wrote; a link in its place is unlinked, not followed."""
+        try:
+            if os.path.islink(path):
+                os.unlink(path)
+            else:
+                shutil.rmtree(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _store_error("cannot remove", path, error) from error
+
+    def fsync_dir(self, path: Path) -> None:
+        self._fsync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def fsync_file(self, path: Path) -> None:
+        self._fsync(path, os.O_RDONLY)
+
+    def is_memory_backed(self, path: Path) -> bool:
+        """Whether `path` (or its nearest existing parent) lies on tmpfs or ramfs."""
+        return _filesystem_type(path) in {"tmpfs", "ramfs"}
+
+    def is_network(self, path: Path) -> bool:
+        return _filesystem_type(path) in {"nfs", "nfs4", "lustre", "cifs", "gpfs", "beegfs", "ceph", "fuse.sshfs"}
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that an unprivileged process may still write below `path`."""
+        found = os.statvfs(_existing(path))
+        return found.f_bavail * found.f_frsize
+
+    def _fsync(self, path: Path, flags: int) -> None:
+        try:
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise _store_error("cannot make durable", path, error) from error
+
+    def _open(self, path: Path, flags: int = os.O_RDONLY) -> _Descriptor:
+        try:
+            # O_NONBLOCK: opening a FIFO that somebody put here must not hang
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UnsafePathError(f"{path} is a link; links are not followed.", advice="Remove it.") from error
+            raise _store_error("cannot open", path, error) from error
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+            os.close(fd)
+            raise UnsafePathError(f"{path} is no regular file of ours (uid {found.st_uid}).", advice="Remove it.")
+        return _Descriptor(fd)
+
+
+class _Descriptor:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def _store_error(what: str, path: Path, error: OSError) -> StoreError:
+    if isinstance(error, StoreError):
+        return error
+    advice = "Free space or point the directory elsewhere." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    raised = StoreError(f"{what} {path}: {error.strerror or error}.", advice=advice)
+    raised.errno = error.errno
+    return raised
+
+
+def _read_all(fd: int, nbytes: int, path: Path) -> bytes:
+    parts: list[bytes] = []
+    while nbytes > 0:
+        try:
+            part = os.read(fd, nbytes)
+        except OSError as error:
+            raise _store_error("cannot read", path, error) from error
+        if not part:
+            raise CorruptCopyError(f"{path} ended {nbytes} bytes early.")
+        parts.append(part)
+        nbytes -= len(part)
+    return b"".join(parts)
+
+
+def _write_all(fd: int, content: memoryview) -> None:
+    while content:
+        content = content[os.write(fd, content) :]
+
+
+def _make_missing(path: Path) -> None:
+    missing = itertools.takewhile(lambda parent: not os.path.lexists(parent), (path, *path.parents))
+    for parent in reversed(list(missing)):  # `parents=True` would leave the umask's mode on all but the last
+        parent.mkdir(mode=0o700, exist_ok=True)
+
+
+def _unlink_quietly(path: Path) -> None:
+    """For the way out of a failure that is being raised already."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return
+
+
+def _populate(mapping: mmap.mmap, nbytes: int, *, writable: bool = True) -> None:
+    """Fault all pages in now: a snapshot then costs what a memory copy costs, a load does not stop at each page."""
+    try:
+        mapping.madvise(_MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ)
+    except (OSError, ValueError):  # an older kernel: touch one byte of each page
+        for start in range(0, nbytes, mmap.PAGESIZE):
+            byte = mapping[start]
+            if writable:
+                mapping[start] = byte
+
+
+def _existing(path: Path) -> Path:
+    path = Path(os.path.abspath(path))
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _filesystem_type(path: Path) -> str:
+    """Type of the mount below which `path` lies, from /proc/self/mounts; "" where that cannot be told."""
+    wanted = str(_existing(path).resolve())
+    best, kind = -1, ""
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        fields = line.split()
+        if len(fields) < 3:
+            continue
+        mount = fields[1].replace("\\040", " ")
+        inside = wanted == mount or wanted.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= best:
+            best, kind = len(mount), fields[2]
+    return kind

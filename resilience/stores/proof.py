@@ -1,0 +1,74 @@
+"""Whether a copy on a node is what its record says: sizes, header, and (deep) every byte against the owner's digest.
+
+Free of torch, so that `verify` and `explain` answer quickly. A job may be alive beside us: a copy that its owner took
+away while we looked was not damaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resilience.errors import CorruptCopyError
+from resilience.stores.digest import digest_of
+from resilience.stores.filesystem import FileSystem
+from resilience.stores.node_store import CopyLocation
+from resilience.stores.shard_file import ShardHeader, check_header, read_header
+
+__all__ = ["CopyGoneError", "header_of", "prove_copy"]
+
+
+class CopyGoneError(Exception):
+    """The copy was deleted or replaced by its owner meanwhile; never seen by a user."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    record: bytes
+    inode: int
+
+
+def header_of(location: CopyLocation, fs: FileSystem) -> ShardHeader:
+    """The shard's header, held against its record. CorruptCopyError, StoreError, CopyGoneError."""
+    return _look(location, fs, deep=False)
+
+
+def prove_copy(location: CopyLocation, fs: FileSystem) -> ShardHeader:
+    """Read the whole shard and compare digests. CorruptCopyError, StoreError, CopyGoneError."""
+    return _look(location, fs, deep=True)
+
+
+def _look(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader:
+    before = _seen(location, fs)
+    try:
+        return _judge(location, fs, deep=deep)
+    except (CorruptCopyError, FileNotFoundError) as error:
+        if _seen(location, fs) != before:
+            raise CopyGoneError from error
+        if isinstance(error, FileNotFoundError):
+            raise CorruptCopyError(f"{location.path} is missing beside its record.") from error
+        raise
+
+
+def _judge(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader:
+    path, record = location.path, location.record
+    mapped = fs.open_mapping(path)
+    try:
+        if mapped.nbytes != record.nbytes:
+            raise CorruptCopyError(f"{path} has {mapped.nbytes} bytes, its record says {record.nbytes}.")
+        header = read_header(mapped.view, str(path))
+        check_header(header, record, str(path))
+        if deep and (found := digest_of(mapped.view)) != record.digest:
+            raise CorruptCopyError(f"{path} has digest {found}, its owner computed {record.digest}.")
+        return header
+    finally:
+        mapped.close()
+
+
+def _seen(location: CopyLocation, fs: FileSystem) -> _Seen:
+    """Which record and which file lie there now: a recycled buffer keeps its inode, but loses its record first."""
+    try:
+        record = fs.read(location.path.with_suffix(".json"))
+    except FileNotFoundError as error:
+        raise CopyGoneError from error
+    found = fs.stat(location.path)
+    return _Seen(record, found.inode if found is not None else -1)

@@ -1,0 +1,58 @@
+"""A training program as users start it: its own interpreter, from its first import to its exit status.
+
+python -m tests.core.program RANK NODES STORE MEMORY DISK ACT
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resilience.replication.clique import CliqueExchange
+from tests.core.training import Act, Plan, Training, fail, stop
+
+
+def slow_exchange(training: Training) -> None:
+    """A transfer is under way whenever something happens."""
+    run = CliqueExchange.run
+
+    def slowly(self: CliqueExchange, offer: Any, inbox: Any) -> Any:
+        links = self._links
+        wait = links.wait
+
+        def slow_wait(transfer: Any) -> None:
+            time.sleep(0.2)
+            wait(transfer)
+
+        links.wait = slow_wait  # type: ignore[method-assign]
+        try:
+            return run(self, offer, inbox)
+        finally:
+            links.wait = wait  # type: ignore[method-assign]
+
+    CliqueExchange.run = slowly  # type: ignore[method-assign]
+
+
+ACTS = {"none": None, "stop": stop, "fail": fail}
+
+
+def main() -> None:
+    rank, nodes, store, memory, disk, what = sys.argv[1:]
+    torch.set_num_threads(1)
+    names = tuple(nodes.split(","))
+    if len(names) > 1:
+        dist.init_process_group("gloo", store=dist.FileStore(store, len(names)), rank=int(rank), world_size=len(names))
+    act, _, whom = what.partition("@")
+    acts = () if ACTS[act] is None else (Act(5, ACTS[act], int(whom) if whom else None),)
+    make = slow_exchange if len(names) > 1 else None
+    Training(int(rank), Plan(memory, disk, names, every=2, acts=acts, make=make)).run()
+    if len(names) > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

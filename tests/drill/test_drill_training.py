@@ -1,0 +1,102 @@
+"""Whole drills with real training: whatever breaks, the run ends in the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resilience.cli_drill import predict
+from resilience.drill.drill import run_drill
+from resilience.drill.environment import Plan
+from resilience.drill.result import DrillResult
+from resilience.drill.scenario import Scenario, parse_fault
+from resilience.drill.story import Story
+
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
+
+
+def drill(root: Path, repository: Path, *specs: str, train_iters: int = 24, **shape: Any) -> DrillResult:
+    scenario = Scenario(faults=tuple(map(parse_fault, specs)), train_iters=train_iters, **shape)
+    script = (str(repository / "examples" / "gpt.py"), "--batch", "2")
+    told = io.StringIO()
+    result = run_drill(Plan(scenario, root / "out", script, timeout_s=500), Story(told), explain=predict)
+    assert result.problems == [], told.getvalue()
+    assert result.passed
+    assert result.bit_identical
+    assert result.unplanned_restarts == 0, told.getvalue()
+    assert all(fault.predicted for fault in result.faults if fault.resumed_from)
+    return result
+
+
+def test_a_lost_node_is_recovered_from_its_replica_on_the_other(tmp_path: Path, repository: Path) -> None:
+    (lost,) = drill(tmp_path, repository, "lose:node=1@13", nodes=2).faults
+    assert lost.resumed_from == {"iteration": 10, "generation": 1, "tier": "local"}
+    assert lost.lost_iterations == 3
+    assert lost.replica_copies > 0
+    assert lost.retrieved_bytes > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("specs", "shape"),
+    [
+        pytest.param(
+            ["lose:node=1@13"],
+            {"nodes": 3, "ranks_per_node": 2, "replication_jump": 2},
+            id="3 nodes of 2 ranks, jump 2",
+        ),
+        pytest.param(
+            ["lose:node=1@13", "lose:node=0@18"], {"nodes": 3, "spares": 2, "replication_factor": 3}, id="factor 3"
+        ),
+        pytest.param(
+            ["stop:node=0@13"], {"nodes": 2, "save_type": "in_memory"}, id="every process killed, saves in memory"
+        ),
+        pytest.param(["kill:rank=0@8", "lose:node=1@13"], {"nodes": 2}, id="two faults in a row"),
+        pytest.param(["corrupt:node=1@13"], {"nodes": 2}, id="the primary corrupted"),
+        pytest.param(["torn:node=0@13"], {"nodes": 2}, id="a torn file"),
+        pytest.param(["hang:rank=1@13"], {"nodes": 2}, id="a hanging rank"),
+    ],
+)
+def test_the_newest_save_is_resumed(specs: list[str], shape: dict[str, Any], tmp_path: Path, repository: Path) -> None:
+    result = drill(tmp_path, repository, *specs, **shape)
+    for fault in result.faults:
+        assert fault.resumed_from is not None
+        assert fault.resumed_from["iteration"] == fault.iteration // 5 * 5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param(["corrupt:node=1@13", "corrupt:node=0,copy=replica@13"], id="primary and replica of one rank"),
+        pytest.param(["corrupt:node=0,copy=all@13", "torn:node=1,copy=all@13"], id="every copy"),
+    ],
+)
+def test_the_older_save_is_resumed_when_the_newest_cannot_be(
+    specs: list[str], tmp_path: Path, repository: Path
+) -> None:
+    for fault in drill(tmp_path, repository, *specs, nodes=2).faults:
+        assert fault.resumed_from == {"iteration": 5, "generation": 1, "tier": "local"}
+        assert fault.lost_iterations == 8
+        assert {passed["iteration"] for passed in fault.passed_over} <= {10}
+
+
+@pytest.mark.long
+def test_with_saves_on_shared_storage_no_node_matters(tmp_path: Path, repository: Path) -> None:
+    (lost,) = drill(tmp_path, repository, "lose:node=1@13", nodes=2, save_type="global").faults
+    assert lost.resumed_from == {"iteration": 10, "generation": 1, "tier": "global"}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize("save_type", ["local", "in_memory"])
+def test_training_goes_on_where_a_nodes_mount_is_full(save_type: str, tmp_path: Path, repository: Path) -> None:
+    result = drill(tmp_path, repository, "full:node=1@12", nodes=2, save_type=save_type)
+    (full,) = result.faults
+    assert (full.resumed_from, full.lost_iterations) == (None, 0)
+    if save_type == "local":  # in memory, what was reserved before is enough
+        assert result.saves_failed > 0

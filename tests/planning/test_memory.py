@@ -1,0 +1,93 @@
+"""The memory a node needs is one sum, and a node that cannot hold it is told so with the sum spelled out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilience.errors import MemoryBudgetError
+from resilience.planning.memory import MemoryBudget, arenas_per_rank, budget, check
+
+GIB = 1 << 30
+
+
+def node(file_is_arena: bool = True, **changed: int) -> MemoryBudget:
+    return budget(
+        own_bytes=(GIB, GIB),
+        replica_bytes=(GIB, GIB),
+        keep_last=2,
+        interval=50,
+        file_is_arena=file_is_arena,
+        buffer_bytes=GIB // 4,
+        **changed,
+    )
+
+
+def test_arenas_are_those_kept_and_one_in_work_and_one_more_for_short_intervals() -> None:
+    assert [arenas_per_rank(keep, 50, True) for keep in (1, 2, 3)] == [3, 3, 4]
+    assert arenas_per_rank(2, 3, True) == 4
+    assert arenas_per_rank(2, 4, True) == 3
+    assert [arenas_per_rank(2, interval, False) for interval in (50, 3)] == [1, 2]
+
+
+def test_arenas_and_slots_are_counted_for_every_copy_where_the_file_is_the_arena() -> None:
+    made = node()
+    assert dict(made.needs) == {"memory": 12 * GIB + GIB // 4, "shared_memory": 12 * GIB, "disk": 0}
+
+
+def test_on_a_disk_memory_holds_one_arena_and_the_disk_the_copies() -> None:
+    made = node(file_is_arena=False)
+    assert dict(made.needs) == {"memory": 2 * GIB + GIB // 4, "shared_memory": 2 * GIB, "disk": 12 * GIB}
+
+
+def test_files_of_this_run_that_lie_there_already_are_recycled_and_cost_nothing_more() -> None:
+    assert dict(node(present_bytes=8 * GIB).needs)["shared_memory"] == 4 * GIB
+    assert dict(node(present_bytes=99 * GIB).needs)["shared_memory"] == 0
+
+
+def test_a_node_that_is_too_small_is_refused_with_the_sum() -> None:
+    with pytest.raises(MemoryBudgetError, match=r"12\.0 GiB of shared memory needed, 8\.0 GiB free") as error:
+        check(node(), {"memory": None, "shared_memory": 8 * GIB, "disk": 0})
+    assert "3 arenas of 2 ranks 6.0 GiB" in str(error.value)
+    assert "3 slots for 2 replicas 6.0 GiB" in str(error.value)
+
+
+def test_what_is_not_known_is_not_compared() -> None:
+    check(node(), {"memory": None})
+
+
+@given(
+    st.lists(st.integers(0, GIB), max_size=4),
+    st.lists(st.integers(0, GIB), max_size=4),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 100),
+    st.booleans(),
+    *[st.integers(0, 4 * GIB)] * 3,
+)
+def test_exactly_what_is_needed_fits_and_one_byte_less_does_not(
+    own: list[int],
+    replicas: list[int],
+    keep: int,
+    interval: int | None,
+    file_is_arena: bool,
+    buffers: int,
+    restore: int,
+    present: int,
+) -> None:
+    made = budget(
+        own_bytes=own,
+        replica_bytes=replicas,
+        keep_last=keep,
+        interval=interval,
+        file_is_arena=file_is_arena,
+        buffer_bytes=buffers,
+        restore_bytes=restore,
+        present_bytes=present,
+    )
+    assert all(need >= 0 for _, need in made.needs)
+    check(made, dict(made.needs))
+    for place, need in made.needs:
+        if need:
+            with pytest.raises(MemoryBudgetError):
+                check(made, {place: need - 1})

@@ -1,0 +1,125 @@
+"""The benchmarks run, small, and say what they should; no test looks at how long anything took."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.figures import Figure, Goal, planning_figures, save_figures
+from benchmarks.nvrx_env import nvrx_python
+from benchmarks.series import Series
+from benchmarks.settings import FULL, QUICK, Settings
+
+
+def run_benchmarks(out: Path, repository: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks", "--out", str(out), "--quick", "--without-nvrx", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "Figures" in done.stdout
+    document: dict[str, Any] = json.loads((out / "figures.json").read_text())
+    return document
+
+
+def check_shape(figure: dict[str, Any]) -> None:
+    assert figure.keys() == {"name", "what", "ours_s", "against", "base_s", "ratio", "goal", "met", "problem"}
+    for series in (figure["ours_s"], figure["base_s"], figure["ratio"]):
+        if series is not None:
+            assert series.keys() == {"median", "p5", "p95", "samples"}
+            assert all(sample > 0 for sample in series["samples"])
+            assert 0 < series["median"] <= series["p95"]
+    assert (figure["met"] is None) == (figure["goal"] is None)
+
+
+@pytest.mark.timeout(300)
+def test_a_quick_run_measures_saves_with_real_ranks_and_keeps_every_sample(tmp_path: Path, repository: Path) -> None:
+    document = run_benchmarks(tmp_path, repository, "--only", "saves", "--only", "planning")
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    assert {"stall", "stall_in_flight", "local_committed", "replicated_idle", "dcp_save", "planning"} <= set(figures)
+    for figure in figures.values():
+        check_shape(figure)
+    assert figures["stall"]["goal"] == "≤ 1.15"
+    assert len(figures["stall"]["ours_s"]["samples"]) == QUICK.rounds
+    assert document["settings"]["shard_bytes"] == QUICK.shard_bytes
+    assert {"cores", "torch", "load_before"} <= document["machine"].keys()
+    assert (tmp_path / "figures.txt").read_text().strip()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_quick_run_restores_from_either_node_and_crosses_boundaries(tmp_path: Path, repository: Path) -> None:
+    document = run_benchmarks(tmp_path, repository, "--only", "restores", "--only", "boundaries", "--only", "imports")
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    states = [f"restore_{where}_{state}" for where in ("own", "peer") for state in ("in_place", "adam")]
+    assert set(figures) == {*states, "boundary_2", "import", "import_names"}
+    for figure in figures.values():
+        check_shape(figure)
+    fetched = document["measured_s"]["restores"]["in_place/peer"]["retrieved_bytes"]
+    assert all(nbytes > 2 * QUICK.shard_bytes for nbytes in fetched)
+    assert document["measured_s"]["restores"]["in_place/own"]["retrieved_bytes"] == [0.0] * QUICK.restores
+
+
+def test_settings_reach_other_processes_as_they_are() -> None:
+    assert Settings.from_json(FULL.to_json()) == FULL
+    assert 240e6 < FULL.shard_bytes < 270e6
+
+
+def test_ratios_are_formed_round_by_round() -> None:
+    ratio = Series((2.0, 30.0, 4.0)) / Series((1.0, 10.0, 4.0))
+    assert ratio.samples == (2.0, 3.0, 1.0)
+    assert (ratio.median, ratio.p95) == (2.0, 3.0)
+    twenty = Series(tuple(float(i) for i in range(1, 21)))
+    assert (twenty.p5, twenty.p95) == (2.0, 19.0)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        Series((1.0,)) / Series((1.0, 2.0))
+    with pytest.raises(ValueError, match="at least one"):
+        Series(())
+
+
+def test_a_goal_is_judged_by_the_median_and_a_problem_misses_it() -> None:
+    ours, base = Series((1.0, 1.1, 9.0)), Series((1.0, 1.0, 1.0))
+    figure = Figure("stall", "", ours, "memcpy", base, ours / base, Goal("at most", 1.15))
+    assert figure.met
+    assert Figure("stall", "", ours, "memcpy", base, ours / base, Goal("at most", 1.05)).met is False
+    assert Figure("import", "", ours, "", base, ours / base, Goal("at most", 2.0), problem="it warns").met is False
+    assert Figure("seconds", "", ours, goal=Goal("at least", 5.0)).met is False
+    assert Figure("info", "", ours).met is None
+
+
+def test_being_faster_than_nvrx_is_told_only_if_it_was_measured() -> None:
+    names = (
+        "memcpy", "hash", "gloo", "torch_save", "dcp_save", "dcp_async", "dcp_async.stall", "ours_local",
+        "ours_replicated", "ours_replicated.stall", "ours_device_bound", "ours_in_flight.stall",
+    )  # fmt: skip
+    found = {name: Series((1.0, 1.0)) for name in names}
+    assert not [figure for figure in save_figures(found) if figure.name.startswith("nvrx")]
+    found |= {name: Series((26.0, 26.0)) for name in ("nvrx_local", "nvrx_replicated", "nvrx_async.stall")}
+    told = {figure.name: figure for figure in save_figures(found)}
+    assert told["nvrx_stall"].met
+    assert told["nvrx_stall"].ratio == Series((26.0, 26.0))
+    assert str(told["nvrx_committed"].goal) == "≥ 5"
+    assert told["nvrx_stall"].more_is_better
+    assert not told["stall"].more_is_better
+
+
+def test_planning_is_held_against_half_the_ranks() -> None:
+    found = {
+        ranks: {"decode": Series((seconds,)), "plan": Series((seconds,))} for ranks, seconds in ((64, 0.1), (128, 0.3))
+    }
+    told = {figure.name: figure for figure in planning_figures(found)}
+    assert told["planning_64"].ratio is None
+    assert told["planning_128"].ratio == Series((0.6 / 0.4,))
+    assert told["planning"].met
+
+
+def test_an_environment_that_cannot_be_made_leaves_nvrx_out_with_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    python, reason = nvrx_python(tmp_path / "file" / "env")
+    assert python == ""
+    assert "could not be made" in reason
