@@ -14,7 +14,7 @@ import torch
 
 from resilience.config import CheckpointConfig
 from resilience.errors import CorruptCopyError, ResilienceError
-from resilience.formats.directory import INTEGRITY
+from resilience.formats.directory import read_digests
 from resilience.formats.protocol import CheckpointReader, RankState, Target
 from resilience.formats.registry import foreign_problem, open_checkpoint
 from resilience.planning.decision import Candidate, Strike
@@ -110,10 +110,9 @@ class SharedLoader:
         return [], lambda live: self._stage(reader, chosen, live)
 
     def _share(self, reader: CheckpointReader) -> list[str]:
-        """Each file is read in full by one rank."""
-        found = self.fs.list_dir(reader.folder)
-        names = [name for name in found if (stat := self.fs.stat(reader.folder / name)) is not None and stat.is_file]
-        return [name for name in names[self.rank :: self.world_size] if name != INTEGRITY]
+        """Each file that has a digest is read in full by one rank."""
+        names = sorted(read_digests(reader.folder, self.fs) or ())
+        return names[self.rank :: self.world_size]
 
     def _stage(self, reader: CheckpointReader, chosen: Candidate, state: TrainingState) -> Callable[[], Resume]:
         parts = self._parts(chosen)

@@ -1,7 +1,7 @@
 """Which files an `iter_NNNNNNN` folder has besides its data, how they are written, and how their digests are checked.
 
 `integrity.json` is written last, in the form of newer Megatron Core: the SHA-256 of every other file directly in the
-folder. Importing this file needs no torch.
+folder. `integrity_nested.json`, of ours, is the same for files in its sub-folders. Importing this file needs no torch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any, Final
 import yaml
 
 from resilience.errors import ConfigError, CorruptCopyError
+from resilience.formats.protocol import SaveMeta
 from resilience.stores.filesystem import FileSystem, MappedFile
+from resilience.stores.shared_records import is_inner_name
 
 __all__ = [
     "COMMON",
     "INTEGRITY",
     "MARKER",
+    "NESTED_INTEGRITY",
     "RUN_CONFIG",
     "FolderFiles",
     "damaged_files",
@@ -28,12 +31,14 @@ __all__ = [
     "encode_run_config",
     "marked_backend",
     "read_digests",
+    "verify_files",
 ]
 
 MARKER: Final = "metadata.json"
 COMMON: Final = "common.pt"
 RUN_CONFIG: Final = "run_config.yaml"
 INTEGRITY: Final = "integrity.json"
+NESTED_INTEGRITY: Final = "integrity_nested.json"
 
 _SEGMENT_BYTES = 32 << 20
 _INTEGRITY_LIMIT = 256 << 20  # one line per file of every rank
@@ -102,8 +107,18 @@ def encode_integrity(digests: Mapping[str, str]) -> bytes:
 
 
 def read_digests(folder: Path, fs: FileSystem) -> dict[str, str] | None:
-    """File name → SHA-256; None where the folder has no `integrity.json`."""
-    path = folder / INTEGRITY
+    """File name (relative to the folder) → SHA-256; None where the folder has no `integrity.json`."""
+    digests = _listed_in(folder, INTEGRITY, fs)
+    if digests is not None and NESTED_INTEGRITY in digests:
+        nested = _listed_in(folder, NESTED_INTEGRITY, fs)
+        if nested is None:
+            raise CorruptCopyError(f"{folder / NESTED_INTEGRITY} is missing.")
+        digests |= nested
+    return digests
+
+
+def _listed_in(folder: Path, list_name: str, fs: FileSystem) -> dict[str, str] | None:
+    path = folder / list_name
     try:
         listed = json.loads(fs.read(path, _INTEGRITY_LIMIT))
     except FileNotFoundError:
@@ -114,7 +129,7 @@ def read_digests(folder: Path, fs: FileSystem) -> dict[str, str] | None:
     if not isinstance(files, dict) or listed.get("algorithm") != "sha256":
         raise CorruptCopyError(f"{path} is not in the form that this version reads (sha256 of files).")
     for name, digest in files.items():
-        if "/" in name or "\0" in name or name in ("", ".", "..") or not isinstance(digest, str):
+        if not is_inner_name(name) or ("/" in name) != (list_name == NESTED_INTEGRITY) or not isinstance(digest, str):
             raise CorruptCopyError(f"{path} lists {name[:80]!r}, which is no file of its folder.")
     return files
 
@@ -143,14 +158,32 @@ def damaged_files(folder: Path, fs: FileSystem, names: Iterable[str] | None = No
         files.close()
 
 
-def encode_run_config(config: Mapping[str, Any] | None, *, save_optim: bool, save_rng: bool) -> bytes:
-    """`run_config.yaml`: the user's mapping and the five keys without which Megatron Bridge does not load."""
-    merged = _plain(config or {})
+def verify_files(
+    folder: Path, fs: FileSystem, data_files: Iterable[str], names: Iterable[str] | None, *, ours: bool
+) -> None:
+    """See `CheckpointReader.verify`. `data_files` must be listed; `ours`: there must be digests at all."""
+    digests = read_digests(folder, fs)
+    if digests is None:
+        if ours:
+            raise CorruptCopyError(f"{folder / INTEGRITY} is missing.")
+        return
+    unlisted = sorted(set(data_files) - digests.keys())
+    if unlisted:
+        raise CorruptCopyError(f"{folder / INTEGRITY} does not list {', '.join(unlisted[:20])}.")
+    for _, reason in damaged_files(folder, fs, names):
+        raise CorruptCopyError(reason)
+
+
+def encode_run_config(meta: SaveMeta) -> bytes:
+    """`run_config.yaml`: the user's mapping and the five keys without which Megatron Bridge does not load.
+
+    What the save itself knows goes before what the user said.
+    """
+    merged = _plain(meta.run_config or {})
     model, checkpoint = (_section(merged, name) for name in ("model", "checkpoint"))
-    model.setdefault("tensor_model_parallel_size", 1)
-    model.setdefault("pipeline_model_parallel_size", 1)
-    checkpoint.setdefault("fully_parallel_save", True)
-    checkpoint.update(save_optim=save_optim, save_rng=save_rng)
+    for name, size in (("tensor_model_parallel_size", meta.tp), ("pipeline_model_parallel_size", meta.pp)):
+        model[name] = model.get(name, 1) if size is None else size
+    checkpoint.update(save_optim=meta.save_optim, save_rng=meta.save_rng, fully_parallel_save=meta.fully_parallel_save)
     return yaml.safe_dump(merged, sort_keys=True, allow_unicode=True).encode()
 
 

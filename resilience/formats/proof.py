@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resilience.errors import CorruptCopyError, UnsafePathError
-from resilience.formats.dcp_metadata import read_metadata
 from resilience.formats.directory import INTEGRITY, damaged_files, read_digests
-from resilience.formats.registry import foreign_problem
+from resilience.formats.registry import data_files, foreign_problem
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import read_folder
 
@@ -28,7 +27,7 @@ def folder_damage(folder: Path, fs: FileSystem, *, deep: bool) -> Iterator[tuple
         if problem:
             yield folder, problem
             return
-        stored = read_metadata(folder, fs)
+        stored = data_files(folder, fs)
         if not deep:
             return
         digests = read_digests(folder, fs)
@@ -36,7 +35,7 @@ def folder_damage(folder: Path, fs: FileSystem, *, deep: bool) -> Iterator[tuple
             if read_folder(folder, fs) is not None:
                 yield folder / INTEGRITY, f"{INTEGRITY} is missing"
             return
-        for name in sorted(stored.file_bytes.keys() - digests.keys()):
+        for name in sorted(stored - digests.keys()):
             yield folder / name, f"{INTEGRITY} does not list it"
         for name, reason in damaged_files(folder, fs):
             yield folder / name, reason

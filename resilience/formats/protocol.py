@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from resilience.replication.communicator import Agreements
 
-__all__ = ["CheckpointFormat", "CheckpointReader", "Chunk", "RankState", "SaveMeta", "StoredTensor", "Target"]
+__all__ = [
+    "CheckpointFormat",
+    "CheckpointReader",
+    "Chunk",
+    "RankShare",
+    "RankState",
+    "SaveMeta",
+    "StoredTensor",
+    "Target",
+]
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,28 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class RankShare:
+    """What one rank gives to a save.
+
+    `values`: the JSON of its state's tree. `aliases`: tree path → the earlier path that has the same tensor. `files`:
+    its files besides the tensors, by name relative to the folder (`dataloader_state/train_dataloader_dprank000.pt`).
+    `common`: entries of `common.pt`, tensors and plain values only; rank 0's count.
+    """
+
+    chunks: Sequence[Chunk]
+    values: bytes
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    common: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SaveMeta:
     """What a save says about itself, equal on all ranks.
 
     `train_state` has Megatron Bridge's counters (`consumed_train_samples`, `do_train`, …): those it lacks are written
-    as 0 or False, and `step` is the iteration. `run_config` becomes `run_config.yaml`.
+    as 0 or False, and `step` is the iteration. `run_config` becomes `run_config.yaml`. `tp` and `pp` are the sizes of
+    tensor and pipeline parallelism (None: nobody said). `content` goes into `content_metadata`, beside what is always there.
     """
 
     iteration: int
@@ -57,6 +83,10 @@ class SaveMeta:
     run_config: Mapping[str, Any] | None = None
     save_optim: bool = True
     save_rng: bool = True
+    tp: int | None = None
+    pp: int | None = None
+    fully_parallel_save: bool = True
+    content: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def save(self) -> SaveId:
@@ -150,17 +180,15 @@ class CheckpointFormat(Protocol):
     def save(
         self,
         folder: Path,
-        chunks: Sequence[Chunk],
-        values: bytes,
-        aliases: Mapping[str, str],
+        share: RankShare,
         meta: SaveMeta,
         agreements: Agreements,
         fs: FileSystem,
     ) -> None:
         """Write a whole checkpoint into the empty `folder`; everything is fsynced, the folder itself is not.
 
-        Collective over `agreements` (all ranks of the save, in rank order). `aliases`: tree path → the earlier path
-        that has the same tensor. SaveFailedError on all ranks if any of them failed.
+        Collective over `agreements` (all ranks of the save, in rank order). SaveFailedError on all ranks if any of them
+        failed.
         """
         ...
 
@@ -170,4 +198,8 @@ class CheckpointFormat(Protocol):
 
     def problem(self, folder: Path, fs: FileSystem) -> str:
         """Why the folder is no complete checkpoint of this format, without reading its tensors; "" if it is one."""
+        ...
+
+    def data_files(self, folder: Path, fs: FileSystem) -> frozenset[str]:
+        """Names, relative to the folder, of the files that hold its tensors; without torch. Raises as `open` does."""
         ...

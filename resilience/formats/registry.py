@@ -14,7 +14,7 @@ from resilience.formats.protocol import CheckpointFormat, CheckpointReader
 from resilience.formats.torch_dist import TorchDist
 from resilience.stores.filesystem import FileSystem
 
-__all__ = ["checkpoint_format", "foreign_problem", "format_name", "open_checkpoint"]
+__all__ = ["checkpoint_format", "data_files", "foreign_problem", "format_name", "open_checkpoint"]
 
 _FORMATS: dict[str, CheckpointFormat] = {TorchDist.name: TorchDist()}
 _LATER = ("zarr", "fsdp_dtensor")
@@ -39,11 +39,20 @@ def format_name(folder: Path, fs: FileSystem) -> str | None:
 
 def open_checkpoint(folder: Path, fs: FileSystem) -> CheckpointReader:
     """Open a folder in the format it is in; CorruptCopyError if it is in none that can be read."""
+    return _format_of(folder, fs).open(folder, fs)
+
+
+def data_files(folder: Path, fs: FileSystem) -> frozenset[str]:
+    """Which of its files hold a folder's tensors, without torch; raises as `open_checkpoint` does."""
+    return _format_of(folder, fs).data_files(folder, fs)
+
+
+def _format_of(folder: Path, fs: FileSystem) -> CheckpointFormat:
     name = format_name(folder, fs)
     form = _FORMATS.get(name or "")
     if form is None:
         raise CorruptCopyError(f"{folder}: {_unreadable(name)}.")
-    return form.open(folder, fs)
+    return form
 
 
 def foreign_problem(folder: Path, fs: FileSystem) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resilience.errors import EvictedError, ResilienceError, SaveFailedError
-from resilience.formats.protocol import CheckpointFormat, Chunk, SaveMeta
+from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare, SaveMeta
 from resilience.planning.inventory import SaveId
 from resilience.planning.split import split_rows
 from resilience.replication.communicator import Agreements
@@ -63,9 +63,10 @@ class SharedSaver:
             except Exception as error:  # noqa: BLE001 - the others must not wait for a rank that is gone
                 problem = f"{type(error).__name__}: {error}"
         self._agree(problem)
+        share = RankShare(chunks, job.values, job.aliases)
         for store, keep in job.targets:
             folder = self._leader(lambda store=store: str(store.begin(job.save.iteration, job.save.attempt)))  # type: ignore[misc]
-            self._form.save(Path(folder), chunks, job.values, job.aliases, job.meta, self._group, self._fs)
+            self._form.save(Path(folder), share, job.meta, self._group, self._fs)
             self._leader(lambda store=store: _commit(store, job.save))  # type: ignore[misc]
             if keep is not None:
                 self._leader(lambda store=store, keep=keep: _prune(store, keep, abandoned()))  # type: ignore[misc]

@@ -5,14 +5,13 @@ This file says whether such a folder is whole, without torch; writing and readin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resilience.errors import CorruptCopyError, UnsafePathError
 from resilience.formats.dcp_metadata import METADATA, read_metadata
 from resilience.formats.directory import COMMON, INTEGRITY, MARKER, marked_backend
-from resilience.formats.protocol import CheckpointReader, Chunk, SaveMeta
+from resilience.formats.protocol import CheckpointReader, RankShare, SaveMeta
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import folder_problem, read_folder
 
@@ -27,23 +26,21 @@ COMMON_STATE = "common_state/shard_0_1"
 
 
 class TorchDist:
-    """The only format so far; `registry` gives it out."""
+    """`registry` gives it out."""
 
     name = NAME
 
     def save(
         self,
         folder: Path,
-        chunks: Sequence[Chunk],
-        values: bytes,
-        aliases: Mapping[str, str],
+        share: RankShare,
         meta: SaveMeta,
         agreements: Agreements,
         fs: FileSystem,
     ) -> None:
         from resilience.formats.torch_dist_writer import write_checkpoint
 
-        write_checkpoint(folder, chunks, values, aliases, meta, agreements, fs)
+        write_checkpoint(folder, share, meta, agreements, fs)
 
     def open(self, folder: Path, fs: FileSystem) -> CheckpointReader:
         from resilience.formats.torch_dist_reader import TorchDistReader
@@ -64,6 +61,9 @@ class TorchDist:
             return _foreign_problem(folder, fs)
         except (CorruptCopyError, UnsafePathError, FileNotFoundError) as error:
             return str(error).rstrip(".")
+
+    def data_files(self, folder: Path, fs: FileSystem) -> frozenset[str]:
+        return frozenset(read_metadata(folder, fs).file_bytes)
 
 
 def _foreign_problem(folder: Path, fs: FileSystem) -> str:

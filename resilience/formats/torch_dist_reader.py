@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError
 from resilience.formats.dcp_metadata import METADATA, Extent, StoredChunk, StoredRegion, read_metadata
-from resilience.formats.directory import COMMON, INTEGRITY, MARKER, FolderFiles, damaged_files, read_digests
+from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_files
 from resilience.formats.keys import rank_of, tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
 from resilience.formats.torch_archive import read_archive
@@ -95,14 +95,7 @@ class TorchDistReader:
         return frozenset(names | {name for name in _ALWAYS_READ if self._fs.stat(self.folder / name) is not None})
 
     def verify(self, files: Iterable[str] | None = None) -> None:
-        digests = read_digests(self.folder, self._fs)
-        if digests is None and self.record is not None:
-            raise CorruptCopyError(f"{self.folder / INTEGRITY} is missing.")
-        unlisted = sorted(self._stored.file_bytes.keys() - digests.keys()) if digests is not None else []
-        if unlisted:
-            raise CorruptCopyError(f"{self.folder / INTEGRITY} does not list {_some(unlisted)}.")
-        for _, reason in damaged_files(self.folder, self._fs, files):
-            raise CorruptCopyError(reason)
+        verify_files(self.folder, self._fs, self._stored.file_bytes, files, ours=self.record is not None)
 
     def close(self) -> None:
         self._files.close()

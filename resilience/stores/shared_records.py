@@ -28,12 +28,14 @@ __all__ = [
     "encode_note",
     "encode_owner",
     "folder_name",
+    "is_inner_name",
     "iteration_of",
 ]
 
 RECORD_NAME = "resilience.json"
 _FOLDER = re.compile(r"iter_(\d{7,15})")
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
+_MAX_DEPTH = 64
 _MAX_RANKS = 1 << 20
 
 
@@ -48,6 +50,20 @@ def iteration_of(name: str) -> int | None:
     return int(match[1]) if match and folder_name(int(match[1])) == name else None
 
 
+def is_inner_name(name: str) -> bool:
+    """Whether `name` is a relative path that stays in its folder.
+
+    A file directly in it has a plain name; in a sub-folder anything that a disk takes may stand.
+    """
+    parts = name.split("/")
+    if len(parts) == 1:
+        return _FILE_NAME.fullmatch(name) is not None
+    return len(parts) <= _MAX_DEPTH and all(
+        part not in ("", ".", "..") and len(part.encode(errors="replace")) <= 255 and part.isprintable()
+        for part in parts
+    )
+
+
 @dataclass(frozen=True)
 class Owner:
     """Who may write to a shared directory: named at its start, looked up again around every rename."""
@@ -59,7 +75,9 @@ class Owner:
 
 @dataclass(frozen=True)
 class FolderRecord:
-    """What one checkpoint folder holds. `files`: name → bytes of each other file directly in it, where they are known.
+    """What one checkpoint folder holds. `files`: name → bytes of each other file in it, where they are known.
+
+    A name is relative to the folder (`tokenizer/vocab.txt`).
 
     It is written after those files, so that a length that differs means: torn.
     """
@@ -165,6 +183,6 @@ def _files(found: object, what: str) -> dict[str, int]:
     if not isinstance(found, dict):
         raise CorruptCopyError(f"{what}: field 'files' is no object of file names and lengths.")
     for name, nbytes in found.items():
-        if not _FILE_NAME.fullmatch(name) or type(nbytes) is not int or not 0 <= nbytes < 1 << 60:
+        if not is_inner_name(name) or type(nbytes) is not int or not 0 <= nbytes < 1 << 60:
             raise CorruptCopyError(f"{what}: {name[:80]!r} with {str(nbytes)[:40]} bytes cannot be one of its files.")
     return found

@@ -20,7 +20,7 @@ from resilience.errors import (
     SaveFailedError,
     StoreError,
 )
-from resilience.formats.protocol import Chunk, Target
+from resilience.formats.protocol import Chunk, RankShare, Target
 from resilience.formats.registry import checkpoint_format, open_checkpoint
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.trackers import step_of
@@ -146,6 +146,11 @@ def test_run_config_always_has_the_five_keys(tmp_path: Path) -> None:
         "checkpoint": {"fully_parallel_save": True, "save_optim": True, "save_rng": False},
         "seed": [1, 2],
     }
+    save(tmp_path / "b", lambda rank: [], run_config=config, tp=4, pp=3, fully_parallel_save=False)
+    written = yaml.safe_load((tmp_path / "b" / "run_config.yaml").read_text())
+    model = written["model"]
+    assert (model["tensor_model_parallel_size"], model["pipeline_model_parallel_size"]) == (4, 3), "the layout counts"
+    assert written["checkpoint"]["fully_parallel_save"] is False
 
 
 def test_the_index_names_every_tensor_by_its_path(folder: Path) -> None:
@@ -262,7 +267,7 @@ def test_parts_that_do_not_make_a_whole_fail_the_save_on_every_rank(tmp_path: Pa
     outcomes = on_all_ranks(
         2,
         lambda agreements: checkpoint_format("torch_dist").save(
-            tmp_path, parts(agreements.rank), b"{}", {}, meta(7, 2), agreements, FS
+            tmp_path, RankShare(parts(agreements.rank), b"{}"), meta(7, 2), agreements, FS
         ),
     )
     assert all(isinstance(outcome, SaveFailedError) and words in str(outcome) for outcome in outcomes), outcomes
@@ -292,7 +297,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank(tmp_path: Path, n
     outcomes = on_all_ranks(
         3,
         lambda agreements: checkpoint_format("torch_dist").save(
-            tmp_path, chunks_of_three(agreements.rank), b"{}", {}, meta(7, 3), agreements, FullDisk(name)
+            tmp_path, RankShare(chunks_of_three(agreements.rank), b"{}"), meta(7, 3), agreements, FullDisk(name)
         ),
     )
     assert all(isinstance(outcome, SaveFailedError) and "No space left" in str(outcome) for outcome in outcomes)
@@ -303,7 +308,7 @@ def test_ranks_that_save_different_things_all_fail(tmp_path: Path) -> None:
     outcomes = on_all_ranks(
         2,
         lambda agreements: checkpoint_format("torch_dist").save(
-            tmp_path, [], b"{}", {}, meta(7 + agreements.rank, 2), agreements, FS
+            tmp_path, RankShare([], b"{}"), meta(7 + agreements.rank, 2), agreements, FS
         ),
     )
     assert all(isinstance(outcome, SaveFailedError) and "different things" in str(outcome) for outcome in outcomes)
@@ -362,3 +367,29 @@ def test_a_shortened_file_is_no_checkpoint(folder: Path) -> None:
     file = folder / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
     assert "__1_0.distcp has" in checkpoint_format("torch_dist").problem(folder, FS)
+
+
+def test_files_in_sub_folders_are_written_by_their_rank_and_protected_like_all_others(tmp_path: Path) -> None:
+    inner = {0: {"tokenizer/vocab.txt": b"a b c"}, 1: {"dataloader_state/train_dataloader_dprank001.pt": b"xyz"}}
+    path = tmp_path / "iter_0000007"
+    save(path, lambda rank: [], world_size=2, files=inner)
+    assert (path / "tokenizer/vocab.txt").read_bytes() == b"a b c"
+    listed = json.loads((path / "integrity.json").read_text())["files"]
+    assert "integrity_nested.json" in listed
+    assert not any("/" in name for name in listed), "as Megatron Core has it"
+    reader = open_checkpoint(path, FS)
+    reader.verify()
+    (path / "dataloader_state/train_dataloader_dprank001.pt").write_bytes(b"xyZ")
+    with pytest.raises(CorruptCopyError, match=r"dprank001\.pt does not match its SHA-256"):
+        reader.verify()
+    (path / "tokenizer/vocab.txt").unlink()
+    assert checkpoint_format("torch_dist").problem(path, FS) == "tokenizer/vocab.txt is missing"
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/passwd", "a//b", "a/./b", "a/b\n"])
+def test_a_list_of_digests_that_names_a_file_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "a", lambda rank: [], files={0: {"tokenizer/vocab.txt": b"a"}})
+    reader = open_checkpoint(tmp_path / "a", FS)
+    (tmp_path / "a/integrity_nested.json").write_text(json.dumps({"algorithm": "sha256", "files": {name: "0" * 64}}))
+    with pytest.raises(CorruptCopyError, match="no file of its folder"):
+        reader.verify()

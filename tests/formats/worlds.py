@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from resilience.formats.protocol import Chunk, SaveMeta
+from resilience.formats.protocol import Chunk, RankShare, SaveMeta
 from resilience.formats.registry import checkpoint_format
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 
@@ -91,6 +91,7 @@ def save(
     iteration: int = 7,
     values: Callable[[int], bytes] = lambda rank: json.dumps({"rank": rank}).encode(),
     aliases: dict[str, str] | None = None,
+    files: dict[int, dict[str, bytes]] | None = None,
     fs: FileSystem | None = None,
     **fields: Any,
 ) -> None:
@@ -101,9 +102,12 @@ def save(
         world_size,
         lambda agreements: checkpoint_format("torch_dist").save(
             folder,
-            chunks_of(agreements.rank),
-            values(agreements.rank),
-            aliases or {},
+            RankShare(
+                chunks_of(agreements.rank),
+                values(agreements.rank),
+                aliases or {},
+                (files or {}).get(agreements.rank, {}),
+            ),
             about,
             agreements,
             fs or PosixFileSystem(),

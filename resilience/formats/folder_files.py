@@ -1,0 +1,174 @@
+"""The small files that every format puts beside its tensors, and what all ranks agree on before the first is written.
+
+    1. agree_on_save      all ranks write the same save, and which tensors of their own get a plain name
+    2. write_own_files    every rank: its files in sub-folders (`dataloader_state/`, and rank 0's `tokenizer/`)
+    3. write_small_files  rank 0, after all: `common.pt`, `metadata.json`, `train_state.pt`, `run_config.yaml`, the
+                          record, the digests; `integrity.json` last of all
+
+`integrity.json` lists the files directly in the folder, as Megatron Core has it; those in sub-folders stand in
+`integrity_nested.json`, which it lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resilience.errors import LayoutMismatchError, SaveFailedError
+from resilience.formats.collective import exchange
+from resilience.formats.directory import (
+    COMMON,
+    INTEGRITY,
+    MARKER,
+    NESTED_INTEGRITY,
+    RUN_CONFIG,
+    encode_integrity,
+    encode_run_config,
+)
+from resilience.formats.keys import MODEL_PREFIX, OPTIMIZER_PREFIX
+from resilience.formats.protocol import Chunk, RankShare, SaveMeta
+from resilience.formats.torch_archive import saved_bytes
+from resilience.replication.communicator import Agreements
+from resilience.stores.filesystem import FileSystem
+from resilience.stores.shared_records import RECORD_NAME, FolderRecord, encode_folder
+from resilience.stores.trackers import TRAIN_STATE
+
+__all__ = ["Backend", "Written", "agree_on_save", "write_own_files", "write_small_files"]
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A format's name and version. `marked`: it has Megatron Core's `metadata.json` and `common.pt`."""
+
+    name: str
+    version: int = 1
+    marked: bool = True
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written and fsynced, as its writer knows it."""
+
+    nbytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def agree_on_save(share: RankShare, meta: SaveMeta, agreements: Agreements) -> dict[str, str]:
+    """Which tensors of its own this rank writes under their plain names: as the "only" holder, or as the "first".
+
+    Collective. SaveFailedError on all ranks if they save different things, or one of them is not ready.
+    """
+    prepared = exchange(agreements, lambda: _prepare(share.chunks, meta, agreements.size), "prepare")
+    if any(answer["save"] != prepared[0]["save"] for answer in prepared):
+        raise SaveFailedError(f"Ranks save different things: {[answer['save'] for answer in prepared][:8]}.")
+    return _plain_names([answer["alone"] for answer in prepared], agreements.rank)
+
+
+def _prepare(chunks: Sequence[Chunk], meta: SaveMeta, size: int) -> dict[str, Any]:
+    if meta.world_size != size:
+        raise LayoutMismatchError(f"The save is of {meta.world_size} ranks, and {size} take part.")
+    alone = [chunk.key for chunk in chunks if chunk.per_rank and chunk.key.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX))]
+    return {"save": [meta.iteration, meta.generation, meta.attempt], "alone": alone}
+
+
+def _plain_names(own_keys: Sequence[Sequence[str]], rank: int) -> dict[str, str]:
+    """From the only rank that has a tensor, or (the model's) from the lowest of several."""
+    holders: dict[str, list[int]] = {}
+    for holder, keys in enumerate(own_keys):
+        for key in keys:
+            holders.setdefault(key, []).append(holder)
+    return {
+        key: "only" if len(having) == 1 else "first"
+        for key, having in holders.items()
+        if having[0] == rank and (len(having) == 1 or key.startswith(MODEL_PREFIX))
+    }
+
+
+def write_own_files(folder: Path, share: RankShare, fs: FileSystem) -> dict[str, Written]:
+    """This rank's files besides its tensors, fsynced with their folders; by name."""
+    written: dict[str, Written] = {}
+    for name, content in share.files.items():
+        fs.make_dir((folder / name).parent)
+        fs.write_file(folder / name, iter([memoryview(content)]))
+        written[name] = _written(content)
+    for inner in {(folder / name).parent for name in written}:
+        fs.fsync_dir(inner)
+    return written
+
+
+def write_small_files(
+    folder: Path,
+    backend: Backend,
+    written: Mapping[str, Written],
+    share: RankShare,
+    meta: SaveMeta,
+    fs: FileSystem,
+    own: Mapping[str, bytes] | None = None,
+) -> None:
+    """Everything that makes the ranks' data a checkpoint. Rank 0, once every rank has written and fsynced its files.
+
+    `written`: what all ranks wrote, by name relative to the folder (`tokenizer/vocab.txt` may be among them). `own`:
+    the format's own small files (`.metadata`), written first. `share` is rank 0's.
+    """
+    small = dict(own or {})
+    if backend.marked:
+        small[COMMON] = saved_bytes(_common(share, meta))
+        small[MARKER] = json.dumps(_marker(backend)).encode()
+    small[TRAIN_STATE] = saved_bytes(_train_state(meta))
+    small[RUN_CONFIG] = encode_run_config(meta)
+    nested = {name: file.sha256 for name, file in written.items() if "/" in name}
+    if nested:
+        small[NESTED_INTEGRITY] = encode_integrity(nested)
+    lengths = {name: file.nbytes for name, file in written.items()}
+    lengths |= {name: len(content) for name, content in small.items()}
+    record = FolderRecord(meta.run_id, meta.save, meta.world_size, backend.name, lengths, meta.base, meta.fork)
+    small[RECORD_NAME] = encode_folder(record)
+    digests = {name: file.sha256 for name, file in written.items() if "/" not in name}
+    digests |= {name: _written(content).sha256 for name, content in small.items()}
+    small[INTEGRITY] = encode_integrity(digests)
+    for name, content in small.items():
+        fs.write_file(folder / name, iter([memoryview(content)]))
+
+
+def _written(content: bytes) -> Written:
+    return Written(len(content), hashlib.sha256(content).hexdigest())
+
+
+def _marker(backend: Backend) -> dict[str, Any]:
+    """Megatron Core 0.16 takes every key as an argument of a constructor: no other may stand here."""
+    return {
+        "sharded_backend": backend.name,
+        "sharded_backend_version": backend.version,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+
+
+def _common(share: RankShare, meta: SaveMeta) -> dict[str, Any]:
+    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **meta.content}
+    return {**share.common, "checkpoint_version": 3.0, "iteration": meta.iteration, "content_metadata": content}
+
+
+def _train_state(meta: SaveMeta) -> dict[str, torch.Tensor]:
+    """Megatron Bridge's counters in its dtypes; an integer that int32 cannot hold goes as int64."""
+    given = {**meta.train_state, "step": meta.iteration}
+    state: dict[str, torch.Tensor] = {}
+    for name in ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
+        count = int(given.get(name, 0))
+        state[name] = torch.tensor(count, dtype=torch.int32 if abs(count) <= _INT32_MAX else torch.int64)
+    flops = float(given.get("floating_point_operations_so_far", 0.0))
+    state["floating_point_operations_so_far"] = torch.tensor(flops, dtype=torch.float32)
+    for name in ("do_train", "do_valid", "do_test"):
+        state[name] = torch.tensor(bool(given.get(name, False)))
+    return state
