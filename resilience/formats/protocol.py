@@ -69,7 +69,8 @@ class SaveMeta:
 
     `train_state` has Megatron Bridge's counters (`consumed_train_samples`, `do_train`, …): those it lacks are written
     as 0 or False, and `step` is the iteration. `run_config` becomes `run_config.yaml`. `tp` and `pp` are the sizes of
-    tensor and pipeline parallelism (None: nobody said). `content` goes into `content_metadata`, beside what is always there.
+    tensor and pipeline parallelism (None: nobody said). `content` goes into
+    `content_metadata`, beside what is always there.
     """
 
     iteration: int
