@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from resilience.controller import ResiliencyController
     from resilience.formats.load import load_checkpoint
     from resilience.reports import Resume, SaveReport
-    from resilience.state import ParallelLayout, TrainingState, TrainState
+    from resilience.state import ParallelLayout, TrainingState, TrainState, shard, shard_at
     from resilience.trainer import ResilientTrainer
 
 __version__ = "0.1.0"
@@ -31,6 +31,8 @@ __all__ = [
     "errors",
     "load_checkpoint",
     "load_config",
+    "shard",
+    "shard_at",
 ]
 
 #: Name → the module that defines it; a module of that very name is exported itself.
@@ -47,6 +49,8 @@ _HOME = {
     "errors": "resilience.errors",
     "load_checkpoint": "resilience.formats.load",
     "load_config": "resilience.config",
+    "shard": "resilience.state",
+    "shard_at": "resilience.state",
 }
 
 

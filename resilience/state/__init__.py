@@ -8,6 +8,7 @@ from resilience.state.digest import state_digest
 from resilience.state.items import Collected, Item, SavedItem, items_of
 from resilience.state.load_plan import LoadPlan
 from resilience.state.parallel_layout import ParallelLayout
+from resilience.state.sharding import shard, shard_at
 from resilience.state.train_state import TrainState
 from resilience.state.training_state import PARTS, TrainingState
 from resilience.state.tree import decode, encode
@@ -25,5 +26,7 @@ __all__ = [
     "decode",
     "encode",
     "items_of",
+    "shard",
+    "shard_at",
     "state_digest",
 ]

@@ -5,25 +5,30 @@ Everything downstream (arena, shard file, exchange) sees items and the values' b
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from resilience.errors import UnsupportedStateError
+from resilience.state.sharding import Shardings, block_key, may_be_cut
 from resilience.state.tensors import is_dtensor, local_part, placement_names
 
 _ORIGIN = (0,) * 64  # no tensor of torch's has more dimensions
+_UNSAID = Shardings((), ())
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
 class Item:
     """One tensor of this rank's state. `tensor` is live (no copy): it changes with the next optimizer step.
 
-    `replicated` marks a candidate: equal on all data-parallel ranks as far as names and placements tell (parameters,
-    buffers and optimizer state that are not sharded); everything else belongs to this rank alone. `alias_of` names an
-    earlier item with the same storage, shape and stride, whose bytes are this one's too.
+    `replicated` marks a candidate: what another rank has under the same key at the same place may be a copy of it
+    (parameters, buffers, optimizer state that is not sharded by a DTensor over these ranks); everything else belongs to
+    this rank alone. `alias_of` names an earlier item with the same storage, shape and stride, whose bytes are this
+    one's too. A tensor of several blocks (see `sharding.py`) is several items.
     """
 
     key: str
@@ -71,29 +76,54 @@ class Place:
 
 
 def items_of(
-    tensors: Iterable[tuple[str, torch.Tensor]], places: dict[Hashable, Place] | None = None
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    places: dict[Hashable, Place] | None = None,
+    shardings: Shardings = _UNSAID,
 ) -> tuple[Item, ...]:
     """Turn named tensors into items, in their order. `places` keeps what is costly to work out between two calls.
 
-    Raises UnsupportedStateError for a DTensor whose local part has no place in the global tensor.
+    `shardings` says which plain tensors are parts of a whole. Raises UnsupportedStateError for a DTensor whose local
+    part has no place in the global tensor.
     """
     places = {} if places is None else places
     first_with: dict[Hashable, str] = {}
     items: list[Item] = []
     for key, tensor in tensors:
         local = local_part(tensor)
-        whole = shape = tuple(local.shape)
-        offsets, sharded = _ORIGIN[: len(shape)], False
         if type(tensor) is not torch.Tensor and is_dtensor(tensor):
             place = place_of(key, tensor, places)
-            whole, offsets, sharded = place.global_shape, place.offsets, place.sharded
-        first = key
-        if 0 not in shape:  # tensors without bytes may all claim address 0, and are nobody's alias
-            memory = (local.data_ptr(), local.get_device(), local.dtype, shape, local.stride(), whole, offsets)
-            first = first_with.setdefault(memory, key)
-        replicated = not sharded and key.startswith(("model/", "optimizer/"))
-        items.append(Item(key, local, whole, offsets, replicated, None if first is key else first))
+            parts, whole, sharded = [(key, local, place.offsets)], place.global_shape, place.sharded
+        elif (said := shardings.of(key, tensor)) is not None:
+            parts, whole, sharded = said.parts(key, local), said.global_shape, False
+        else:
+            whole = tuple(local.shape)
+            parts, sharded = [(key, local, _ORIGIN[: len(whole)])], False
+        replicated = not sharded and may_be_cut(key)
+        for name, part, offsets in parts:
+            first = _first_with(first_with, name, part, whole, offsets)
+            items.append(Item(name, part, whole, offsets, replicated, None if first is name else first))
     return tuple(items)
+
+
+def _first_with(
+    known: dict[Hashable, str], key: str, part: torch.Tensor, whole: tuple[int, ...], offsets: tuple[int, ...]
+) -> str:
+    """The first key that came with this memory at this place; tensors without bytes are nobody's alias."""
+    shape = tuple(part.shape)
+    if 0 in shape:  # they may all claim address 0
+        return key
+    memory = (part.data_ptr(), part.get_device(), part.dtype, shape, part.stride(), whole, offsets)
+    return known.setdefault(memory, key)
+
+
+def blocks_of(key: str, index: Mapping[str, ItemT]) -> tuple[ItemT, ...]:
+    """The items of the tensor under `key`: one, or one for each of its blocks; nothing if it is not there."""
+    if key in index:
+        return (index[key],)
+    found: list[ItemT] = []
+    while (block := index.get(block_key(key, len(found)))) is not None:
+        found.append(block)
+    return tuple(found)
 
 
 def place_of(key: str, dtensor: Any, places: dict[Hashable, Place]) -> Place:

@@ -6,13 +6,14 @@ own, made after its parameter: same device, same strides, same device mesh. All 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from resilience.state.items import Item, SavedItem, items_of, place_on_mesh
 from resilience.state.model_state import storage_of
+from resilience.state.sharding import Sharding, state_prefix
 from resilience.state.tensors import TensorRef, is_dtensor, local_part, placements_of
 from resilience.state.tree import encode, path_component
 
@@ -30,34 +31,59 @@ class LiveTensors:
         self._refs = refs
         _, tensors = encode(state.tree({"model", "optimizer"} & set(parts)))
         self._tensors = dict(tensors)
-        self.items: dict[str, Item] = {item.key: item for item in items_of(tensors)}
+        self._shardings = state.shardings()
+        self.items: dict[str, Item] = {item.key: item for item in items_of(tensors, None, self._shardings)}
         storages = {f"model/{model.position}": model.storages() for model in state.models}
+        self._locals: dict[str, torch.Tensor] = {}
         self._backed = {key for key in self._tensors if self._is_backed(key, storages)}
-        self._parameters: dict[str, torch.Tensor] = {}
+        self._parameters = dict(state.state_prefixes())
         self._model_keys: dict[str, str] = {}
         for optimizer in state.optimizers:
-            for name, parameter in optimizer.parameters().items():
+            for name in optimizer.parameters():
                 prefix = f"optimizer/{optimizer.position}/state/{path_component(name)}"
-                self._parameters[prefix] = parameter
                 self._model_keys[prefix] = state.model_key(name)
 
     def backed(self, key: str) -> bool:
         """Whether the key is a live parameter or buffer itself, and not something that a hook made of one."""
         return key in self._backed
 
-    def target(self, ref: TensorRef, saved: SavedItem) -> torch.Tensor:
-        """The tensor to fill with this rank's bytes of `ref`: the live one where it can be written, else a new one."""
-        if self.backed(ref.key) and not _overlaps(self.items[ref.key].tensor):
-            return self.items[ref.key].tensor
-        like = self._like(ref.key)
+    def target(self, ref: TensorRef, saved: Sequence[SavedItem]) -> torch.Tensor:
+        """The tensor to fill with this rank's bytes of `ref`: the live one where it can be written, else a new one.
+
+        `saved` are its blocks, nearly always one; `parts` finds them in the tensor.
+        """
+        if self.backed(ref.key) and not _overlaps(self._local(ref.key)):
+            return self._local(ref.key)
+        like, shape = self._like(ref.key), self._shape(ref.key, saved)
         if like is None:
-            return torch.empty(saved.shape, dtype=ref.dtype, device=_device_like(ref.device))
+            return torch.empty(shape, dtype=ref.dtype, device=_device_like(ref.device))
         local = local_part(like)
-        device = torch.device("cpu") if self._stays_on_host(ref, saved) else local.device
-        if tuple(local.shape) == saved.shape:
+        device = torch.device("cpu") if self._stays_on_host(ref, shape) else local.device
+        if tuple(local.shape) == shape:
             # Fused optimizers walk parameter and state side by side in memory: their strides have to agree.
             return torch.empty_like(local, dtype=ref.dtype, device=device)
-        return torch.empty(saved.shape, dtype=ref.dtype, device=device)
+        return torch.empty(shape, dtype=ref.dtype, device=device)
+
+    def parts(self, ref: TensorRef, saved: Sequence[SavedItem], target: torch.Tensor) -> list[torch.Tensor]:
+        """Where in `target` the bytes of each block of `ref` belong."""
+        if len(saved) == 1:
+            return [target]
+        sharding = self._sharding(ref.key, tuple(target.shape))
+        assert sharding is not None, "blocks were found to be those of the live tensor"
+        return [part for _, part, _ in sharding.parts(ref.key, target)]
+
+    def unlike_cut(self, ref: TensorRef, saved: Sequence[SavedItem]) -> str:
+        """Why a part of a whole that is no DTensor cannot be one here, in words; empty when it can, or is whole."""
+        whole = len(saved) == 1 and saved[0].shape == saved[0].global_shape
+        if ref.placements is not None or ref.key.startswith("model/"):  # the model's are compared with live items
+            return ""
+        there = [(item.global_shape, item.offsets, item.shape) for item in saved]
+        here = self._cut(ref.key, self._shape(ref.key, saved))
+        if there == here or (whole and not here):
+            return ""
+        told = " and ".join(f"{list(shape)} at {list(offsets)} of {list(of)}" for of, offsets, shape in there)
+        live = " and ".join(f"{list(shape)} at {list(offsets)} of {list(of)}" for of, offsets, shape in here)
+        return f"{ref.key}: saved as {told}, here it would be {live or 'whole'}"
 
     def unlike_on_mesh(self, ref: TensorRef, saved: SavedItem) -> str:
         """Why a saved DTensor cannot be one here, in words; empty when it can, or when it is no DTensor."""
@@ -87,7 +113,7 @@ class LiveTensors:
 
     def write_through(self, key: str, filled: torch.Tensor) -> None:
         """Bring a live tensor to what was filled in its stead, because an expanded one cannot be written as it is."""
-        live = self.items[key].tensor
+        live = self._local(key)
         if filled is live:
             return
         for dim, stride in enumerate(live.stride()):
@@ -103,16 +129,49 @@ class LiveTensors:
 
     def _like(self, key: str) -> torch.Tensor | None:
         """The live tensor that the saved one is made after: the same one, or the parameter whose state it is."""
-        prefix = _state_prefix(key)
+        prefix = state_prefix(key)
         return self._parameters.get(prefix) if prefix else self._tensors.get(key)
 
-    def _stays_on_host(self, ref: TensorRef, saved: SavedItem) -> bool:
+    def _local(self, key: str) -> torch.Tensor:
+        """This rank's plain tensor of a live key, all of its blocks: always the same object."""
+        if key not in self._locals:
+            self._locals[key] = local_part(self._tensors[key])
+        return self._locals[key]
+
+    def _sharding(self, key: str, shape: tuple[int, ...]) -> Sharding | None:
+        """What was said of the live tensor, or of the parameter whose state of this shape it is."""
+        live = self._tensors.get(key)
+        if live is not None and not is_dtensor(live):
+            return self._shardings.of(key, live)
+        return self._shardings.of_state(key, shape)
+
+    def _shape(self, key: str, saved: Sequence[SavedItem]) -> tuple[int, ...]:
+        """The shape of all blocks together, on this rank."""
+        first = saved[0].shape
+        parameter = self._parameters.get(state_prefix(key))
+        if len(saved) == 1:
+            return first
+        sharding = self._sharding(key, () if parameter is None else tuple(local_part(parameter).shape))
+        if sharding is None:
+            return first
+        rows = sum(item.shape[sharding.dim] for item in saved)
+        return (*first[: sharding.dim], rows, *first[sharding.dim + 1 :])
+
+    def _cut(self, key: str, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Where a tensor of this shape would lie here, block by block: whole, offsets, shape. Empty if it is whole."""
+        sharding = self._sharding(key, shape)
+        if sharding is None:
+            return []
+        blank = torch.empty(sharding.shape, device="meta")
+        return [(sharding.global_shape, at, tuple(part.shape)) for _, part, at in sharding.parts(key, blank)]
+
+    def _stays_on_host(self, ref: TensorRef, shape: tuple[int, ...]) -> bool:
         """Whether optimizer state was kept on the host on purpose: Adam's step, or state offloaded from a device."""
-        prefix = _state_prefix(ref.key)
+        prefix = state_prefix(ref.key)
         if not prefix or ref.device != "cpu":
             return False
         parameter = self._refs.get(self._model_keys.get(prefix, ""))
-        return saved.shape == () or (parameter is not None and parameter.device != "cpu")
+        return shape == () or (parameter is not None and parameter.device != "cpu")
 
     def _mesh(self, ref: TensorRef) -> Any:
         """The mesh for a saved DTensor: its live counterpart's, else the only one here with as many dimensions."""
@@ -123,12 +182,6 @@ class LiveTensors:
         sharded: list[Any] = [tensor for tensor in self._tensors.values() if is_dtensor(tensor)]
         meshes = {tensor.device_mesh for tensor in sharded if tensor.device_mesh.ndim == len(ref.placements)}
         return meshes.pop() if len(meshes) == 1 else None
-
-
-def _state_prefix(key: str) -> str:
-    """`optimizer/0/state/<parameter>` for the key of a tensor of optimizer state, else nothing."""
-    parts = key.split("/", 4)
-    return "/".join(parts[:4]) if len(parts) == 5 and (parts[0], parts[2]) == ("optimizer", "state") else ""
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

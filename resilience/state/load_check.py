@@ -5,15 +5,16 @@ Pure comparison: names, dtypes, shapes, sharding, and which parts are there. Not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from resilience.errors import CorruptCopyError, LayoutMismatchError
 from resilience.state import rng
-from resilience.state.items import Item, SavedItem
+from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.model_state import ModelState
+from resilience.state.sharding import may_be_cut
 from resilience.state.tensors import TensorRef, dtype_name
 from resilience.state.train_state import TrainState
 from resilience.state.tree import path_component
@@ -28,18 +29,19 @@ _SHOWN = 20
 def check_index(refs: Mapping[str, TensorRef], index: Mapping[str, SavedItem]) -> None:
     """Raise CorruptCopyError unless every tensor that the values refer to is in the index, and as they say it is."""
     for key, ref in refs.items():
-        item = index.get(key)
-        if item is None:
+        blocks = blocks_of(key, index)
+        if not blocks:
             raise CorruptCopyError(f"The values refer to {key}, which the save does not hold.")
-        if item.dtype != ref.dtype:
-            raise CorruptCopyError(f"{key} is {ref.dtype} in the values and {item.dtype} in the index.")
-        if ref.placements is None and item.shape != item.global_shape:
-            raise CorruptCopyError(f"{key} is whole in the values and a shard in the index.")
-        root = item if item.alias_of is None else index.get(item.alias_of)
-        if root is None or root.alias_of is not None or (root.dtype, root.shape) != (item.dtype, item.shape):
-            raise CorruptCopyError(f"{key} shares its bytes with {item.alias_of}, which is not there or unlike it.")
+        for item in blocks:
+            if item.dtype != ref.dtype:
+                raise CorruptCopyError(f"{key} is {ref.dtype} in the values and {item.dtype} in the index.")
+            if ref.placements is None and item.shape != item.global_shape and not may_be_cut(key):
+                raise CorruptCopyError(f"{key} is whole in the values and a shard in the index.")
+            root = item if item.alias_of is None else index.get(item.alias_of)
+            if root is None or root.alias_of is not None or (root.dtype, root.shape) != (item.dtype, item.shape):
+                raise CorruptCopyError(f"{key} shares its bytes with {item.alias_of}, which is not there or unlike it.")
         if ref.numpy_dtype is not None:
-            finished(ref, torch.empty(item.shape, dtype=item.dtype))  # refuses a number of elements that cannot be
+            finished(ref, torch.empty(blocks[0].shape, dtype=ref.dtype))  # refuses elements that cannot be
 
 
 def raise_if_unlike(differences: list[str]) -> None:
@@ -103,9 +105,16 @@ def _model(
             found.append(
                 f"{key}: {'no ' if is_tensor else ''}tensor in the save, {'one' if is_tensor else 'none'} here"
             )
-        elif is_tensor and (unlike := _unlike(index[key], SavedItem.of(live[key]))):
-            found.append(f"{key}: {unlike}")
+        elif is_tensor:
+            found += _unlike_blocks(key, blocks_of(key, index), [SavedItem.of(item) for item in blocks_of(key, live)])
     return sorted(found)
+
+
+def _unlike_blocks(key: str, saved: Sequence[SavedItem], live: Sequence[SavedItem]) -> list[str]:
+    if len(saved) != len(live):
+        return [f"{key}: saved as {len(saved)} blocks of rows, here it has {len(live)}"]
+    pairs = zip(saved, live, strict=True)
+    return [f"{key}: {unlike}" for unlike in (_unlike(before, now) for before, now in pairs) if unlike][:1]
 
 
 def _unlike(saved: SavedItem, live: SavedItem) -> str:

@@ -13,9 +13,10 @@ import torch
 
 from resilience.errors import CorruptCopyError
 from resilience.state import rng
-from resilience.state.items import SavedItem
+from resilience.state.items import SavedItem, blocks_of
 from resilience.state.live_tensors import LiveTensors
 from resilience.state.load_check import check_index, differences, raise_if_unlike
+from resilience.state.sharding import without_block
 from resilience.state.tensors import TensorRef
 from resilience.state.tree import path_component
 from resilience.state.tree_decoder import decode_with, finished
@@ -46,13 +47,17 @@ class LoadPlan:
             # The copy is what its owner wrote, and yet no tree of ours: another version's, or not a save at all.
             raise CorruptCopyError(f"The values of the save are no training state ({error!r}).") from error
         needed = {key: ref for key, ref in self._refs.items() if key.split("/", 1)[0] in parts}
-        found += filter(None, (self._live.unlike_on_mesh(ref, index[key]) for key, ref in needed.items()))
+        for key, ref in needed.items():
+            blocks = blocks_of(key, index)
+            found += filter(None, (self._live.unlike_on_mesh(ref, blocks[0]), self._live.unlike_cut(ref, blocks)))
         raise_if_unlike(found)
-        roots = dict.fromkeys(index[key].alias_of or key for key in needed)
-        self.targets: list[tuple[str, torch.Tensor]] = [
-            (key, self._live.target(self._refs[key], index[key])) for key in roots
-        ]
-        self._filled = dict(self.targets)
+        self._filled: dict[str, torch.Tensor] = {}
+        self.targets: list[tuple[str, torch.Tensor]] = []
+        for key in dict.fromkeys(self._root(key) for key in needed):
+            ref, blocks = self._refs[key], blocks_of(key, index)
+            self._filled[key] = self._live.target(ref, blocks)
+            parts_of_it = self._live.parts(ref, blocks, self._filled[key])
+            self.targets += zip((item.key for item in blocks), parts_of_it, strict=True)
 
     def finish(self) -> None:
         """Hand over what the targets hold now: models, optimizers, scheduler, scaler, extra, counters, loader, RNG.
@@ -98,7 +103,7 @@ class LoadPlan:
     def _write_through(self, where: str, names: Collection[str]) -> None:
         for name in names:
             key = f"{where}/{path_component(name)}"
-            if not self._index[key].alias_of:
+            if self._root(key) == key:
                 self._live.write_through(key, self._filled[key])
 
     def _remember(self, ref: TensorRef) -> TensorRef:
@@ -107,8 +112,12 @@ class LoadPlan:
         return ref
 
     def _leaf(self, ref: TensorRef) -> Any:
-        saved = self._index[ref.key]
-        root = saved.alias_of or ref.key
+        root = self._root(ref.key)
         if root not in self._filled:  # of a part that is not loaded
             return None
+        saved = blocks_of(ref.key, self._index)[0]
         return finished(ref, self._live.whole(ref, saved, self._filled[root]))
+
+    def _root(self, key: str) -> str:
+        """The key of the tensor whose bytes are those of `key`: its own, mostly."""
+        return without_block(blocks_of(key, self._index)[0].alias_of or key)

@@ -52,6 +52,13 @@ class ModelState:
         """The buffers by clean name."""
         yield from _clean_names([name for name, _ in self.module.named_buffers()])
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The live parameters and buffers under every clean name that the state dict has them by."""
+        named: dict[str, torch.Tensor] = dict(self.module.named_buffers(remove_duplicate=False))
+        named.update(self.module.named_parameters(remove_duplicate=False))
+        for name, raw in _clean_names(list(named)).items():
+            yield name, named[raw]
+
     def storages(self) -> set[Hashable]:
         """What identifies the memory of the live parameters and buffers; see `storage_of`."""
         return {storage_of(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}

@@ -23,6 +23,7 @@ from resilience.state.load_plan import LoadPlan
 from resilience.state.model_state import ModelState
 from resilience.state.optimizer_state import optimizer_state
 from resilience.state.parallel_layout import ParallelLayout
+from resilience.state.sharding import Shardings
 from resilience.state.train_state import TrainState
 from resilience.state.tree import encode, path_component
 
@@ -81,7 +82,7 @@ class TrainingState:
         """
         with torch.no_grad(), _no_garbage_collection():
             values, tensors = encode(self.tree(parts))
-            return Collected(items_of(tensors, self._places), values)
+            return Collected(items_of(tensors, self._places, self.shardings()), values)
 
     def plan_load(self, values: bytes, index: Mapping[str, SavedItem], parts: Collection[str] = PARTS) -> LoadPlan:
         """What has to be filled to load a save; `index` says what the save holds for this rank, by key.
@@ -125,6 +126,21 @@ class TrainingState:
             return f"model/0/{path_component(parameter_name)}"
         chunk, _, name = parameter_name.partition(".")
         return f"model/{chunk}/{path_component(name)}"
+
+    def shardings(self) -> Shardings:
+        """Which of the tensors that `collect` finds were said to be parts of a whole."""
+        return Shardings.when_any(self._named_tensors, self.state_prefixes)
+
+    def state_prefixes(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the keys of each parameter's optimizer state begin with, and the parameter."""
+        for optimizer in self.optimizers:
+            for name, parameter in optimizer.parameters().items():
+                yield f"optimizer/{optimizer.position}/state/{path_component(name)}", parameter
+
+    def _named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for model in self.models:
+            for name, tensor in model.tensors():
+                yield f"model/{model.position}/{path_component(name)}", tensor
 
     def _names_by_id(self) -> dict[int, str]:
         names: dict[int, str] = {}
