@@ -6,6 +6,7 @@ events.
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from resilience.replication.communicator import Agreements, Communicator
 from resilience.replication.gathering import ShardGatherer
 from resilience.restore import Restorer
 from resilience.restore_shared import SharedLoader
+from resilience.restore_staging import Peers
 from resilience.runtime.clock import Clock
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.stores.filesystem import FileSystem
@@ -102,7 +104,8 @@ def _assemble(
     place = (layout or ParallelLayout()).resolve(communicator.rank, communicator.world_size)
     job = join_job(communicator, setup, place, resiliency, _common_settings(checkpoint, resiliency), env)
     shared = SharedLoader(
-        checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell
+        checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell,
+        _loading_peers(communicator, setup, job),
     )  # fmt: skip
     run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env)
     attempt = setup.broadcast(secrets.token_hex(16).encode() if job.rank == 0 else None).decode()
@@ -129,6 +132,11 @@ def _assemble(
     return Start(
         job, communicator, setup, run_id, attempt, stores, tuple(locks), keeper, topology, refusal, restorer, shared
     )
+
+
+def _loading_peers(communicator: Communicator, setup: Agreements, job: Job) -> Peers:
+    members, turns = job.data_parallel(), itertools.count()
+    return Peers(setup, lambda: communicator.agreements(f"load/{members[0]}/{next(turns)}", members))
 
 
 def agree_all(setup: Agreements, step: Callable[[], None]) -> None:

@@ -49,8 +49,6 @@ def validate_together(
 
 
 _WITHOUT_EFFECT = (
-    ("dist_ckpt_strictness", "assume_ok_unexpected", "a resume needs every item that it asks for"),
-    ("load_main_params_from_ckpt", False, "there is no distributed optimizer with main parameters"),
     ("fully_parallel_save", True, "data-parallel ranks always share the writing"),
     ("fully_parallel_load", False, "every rank reads for itself"),
     ("ckpt_assume_constant_structure", False, "the plan of a save is always checked"),

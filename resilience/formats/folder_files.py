@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from resilience.errors import LayoutMismatchError, SaveFailedError
+from resilience.errors import CorruptCopyError, LayoutMismatchError, SaveFailedError
 from resilience.formats.collective import exchange
 from resilience.formats.directory import (
     COMMON,
@@ -33,15 +33,26 @@ from resilience.formats.directory import (
 )
 from resilience.formats.keys import MODEL_PREFIX, OPTIMIZER_PREFIX
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
-from resilience.formats.torch_archive import saved_bytes
+from resilience.formats.torch_archive import read_archive, saved_bytes
 from resilience.replication.communicator import Agreements
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_records import RECORD_NAME, FolderRecord, encode_folder
 from resilience.stores.trackers import TRAIN_STATE
 
-__all__ = ["Backend", "Written", "agree_on_save", "write_own_files", "write_small_files"]
+__all__ = ["Backend", "Written", "agree_on_save", "read_train_state", "write_own_files", "write_small_files"]
 
 _INT32_MAX = 2**31 - 1
+_TRAIN_STATE_LIMIT = 1 << 20
+_COUNTERS: Mapping[str, type] = {
+    "step": int,
+    "consumed_train_samples": int,
+    "skipped_train_samples": int,
+    "consumed_valid_samples": int,
+    "floating_point_operations_so_far": float,
+    "do_train": bool,
+    "do_valid": bool,
+    "do_test": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -163,12 +174,32 @@ def _common(share: RankShare, meta: SaveMeta) -> dict[str, Any]:
 def _train_state(meta: SaveMeta) -> dict[str, torch.Tensor]:
     """Megatron Bridge's counters in its dtypes; an integer that int32 cannot hold goes as int64."""
     given = {**meta.train_state, "step": meta.iteration}
-    state: dict[str, torch.Tensor] = {}
-    for name in ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
-        count = int(given.get(name, 0))
-        state[name] = torch.tensor(count, dtype=torch.int32 if abs(count) <= _INT32_MAX else torch.int64)
-    flops = float(given.get("floating_point_operations_so_far", 0.0))
-    state["floating_point_operations_so_far"] = torch.tensor(flops, dtype=torch.float32)
-    for name in ("do_train", "do_valid", "do_test"):
-        state[name] = torch.tensor(bool(given.get(name, False)))
-    return state
+    return {name: _scalar(kind(given.get(name, 0))) for name, kind in _COUNTERS.items()}
+
+
+def _scalar(value: Any) -> torch.Tensor:
+    if isinstance(value, bool):
+        return torch.tensor(value)
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float32)
+    return torch.tensor(value, dtype=torch.int32 if abs(value) <= _INT32_MAX else torch.int64)
+
+
+def read_train_state(folder: Path, fs: FileSystem) -> dict[str, int | float | bool] | None:
+    """The counters in `train_state.pt`, whoever wrote it; one that it lacks is 0. None: there is no such file.
+
+    CorruptCopyError if it holds anything else than such counters.
+    """
+    path = folder / TRAIN_STATE
+    try:
+        stored = read_archive(memoryview(fs.read(path, _TRAIN_STATE_LIMIT)), str(path))
+    except FileNotFoundError:
+        return None
+    counters: dict[str, int | float | bool] = {}
+    for name, kind in _COUNTERS.items():
+        value = stored.get(name, 0) if isinstance(stored, dict) else None
+        number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        if not isinstance(number, int | float) or (kind is int and number != int(number)):
+            raise CorruptCopyError(f"{path} has {str(value)[:40]} for {name}, which is no counter.")
+        counters[name] = kind(number)
+    return counters

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from resilience.errors import ConfigError, MissingKeysError
 
-__all__ = ["STRICTNESS", "KeyDifference", "compare_keys"]
+__all__ = ["STRICTNESS", "KeyDifference", "compare_keys", "judge_keys", "looks_at_missing", "raises"]
 
 STRICTNESS = (
     "assume_ok_unexpected",
@@ -37,21 +37,34 @@ class KeyDifference:
 
 
 def compare_keys(asked: Collection[str], stored: Collection[str], strictness: str) -> KeyDifference:
+    """The difference between two sets of keys, judged; see `judge_keys`."""
+    return judge_keys(frozenset(asked) - frozenset(stored), frozenset(stored) - frozenset(asked), strictness)
+
+
+def judge_keys(unexpected: Collection[str], missing: Collection[str], strictness: str) -> KeyDifference:
     """The difference as `strictness` reports it. MissingKeysError where the mode says so, and for no other.
 
     An unexpected key that is let pass keeps its initial value. `*_unexpected` and `assume_ok_unexpected` do not look at
     missing keys.
     """
+    reported = frozenset(missing) if looks_at_missing(strictness) else frozenset()
+    if raises(strictness) and (unexpected or reported):
+        raise MissingKeysError(_in_words(reported, unexpected), advice="See dist_ckpt_strictness for other ways.")
+    if strictness.startswith("log_") and (unexpected or reported):
+        _log.warning(_in_words(reported, unexpected))
+    return KeyDifference(reported, frozenset(unexpected))
+
+
+def looks_at_missing(strictness: str) -> bool:
+    """Whether the mode looks at keys that nobody asked for; to know them, all ranks must tell what they ask for."""
     if strictness not in STRICTNESS:
         raise ConfigError(f"strictness is {strictness!r}; allowed are {', '.join(STRICTNESS)}.")
-    unexpected = frozenset(asked) - frozenset(stored)
-    missing = frozenset(stored) - frozenset(asked) if strictness.endswith("_all") else frozenset()
-    raises = strictness == "assume_ok_unexpected" or strictness.startswith("raise_")
-    if raises and (unexpected or missing):
-        raise MissingKeysError(_in_words(missing, unexpected), advice="See dist_ckpt_strictness for other ways.")
-    if strictness.startswith("log_") and (unexpected or missing):
-        _log.warning(_in_words(missing, unexpected))
-    return KeyDifference(missing, unexpected)
+    return strictness.endswith("_all")
+
+
+def raises(strictness: str) -> bool:
+    """Whether the mode makes an error of a difference that it looks at."""
+    return strictness == "assume_ok_unexpected" or strictness.startswith("raise_")
 
 
 def _in_words(missing: Collection[str], unexpected: Collection[str]) -> str:

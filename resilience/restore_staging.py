@@ -1,0 +1,394 @@
+"""What of a persistent checkpoint goes where in the live state: which parts, which keys, from which of two checkpoints.
+
+Everything is read into staging tensors; the function that comes back copies them, and only then live tensors change.
+Differences between the keys that are asked for and those that are there are judged by `dist_ckpt_strictness`. What the
+checkpoint lacks of the model comes from `pretrained_checkpoint`, if there is one (an adapter on a frozen base).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from resilience.config import CheckpointConfig
+from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError, NoUsableSaveError
+from resilience.formats.folder_files import read_train_state
+from resilience.formats.keys import MODEL_PREFIX, stored_key
+from resilience.formats.parallel_load import PeerFailedError, agree, read_together
+from resilience.formats.protocol import CheckpointReader, RankState, Target
+from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_missing
+from resilience.planning.decision import Candidate
+from resilience.replication.communicator import Agreements, SoloAgreements
+from resilience.reports import Resume
+from resilience.state.items import Item, SavedItem
+from resilience.state.load_plan import LoadPlan
+from resilience.state.reconcile import reconcile
+from resilience.state.training_state import PARTS, TrainingState
+from resilience.state.tree import encode, path_component
+from resilience.stores.filesystem import FileSystem
+from resilience.stores.trackers import RELEASE
+
+__all__ = ["Peers", "Stager"]
+
+_MODEL_ONLY = ("model",)
+#: Parts that a checkpoint may have been saved without (`save_optim`, `save_rng`).
+_OPTIONAL = ("optimizer", "scheduler", "rng")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """How this rank talks to the others while it loads; default: there are none.
+
+    `everyone`: all ranks. `open_replicas` opens a new group of the ranks that hold the same parameters, collectively.
+    """
+
+    everyone: Agreements = field(default_factory=SoloAgreements)
+    open_replicas: Callable[[], Agreements] = SoloAgreements
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A load that fits, before anything is read. `staged` holds one tensor for each of the plan's targets."""
+
+    plan: LoadPlan
+    parts: Sequence[str]
+    staged: Sequence[torch.Tensor]
+    targets: Sequence[Target]
+    base_targets: Sequence[Target]
+    asked: frozenset[str]
+    unexpected: frozenset[str]
+
+
+class Stager:
+    """One load of one checkpoint on one rank. `open_base` opens the newest checkpoint of `pretrained_checkpoint`."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        chosen: Candidate,
+        checkpoint: CheckpointConfig,
+        open_base: Callable[[], CheckpointReader | None],
+        rank: int,
+        peers: Peers,
+        fs: FileSystem,
+        tell: Callable[..., None],
+    ) -> None:
+        self._reader = reader
+        self._chosen = chosen
+        self._checkpoint = checkpoint
+        self._open_base = open_base
+        self._base: CheckpointReader | None = None
+        self._rank = rank
+        self._peers = peers
+        self._fs = fs
+        self._tell = tell
+        self._restored_whole = chosen.tier != "persistent"  # a non-persistent save of this run
+        self._release = reader.folder.name == RELEASE
+
+    def stage(self, state: TrainingState) -> Callable[[], Resume]:
+        """Read all that is needed; the function that comes back puts it into the live objects.
+
+        Collective where the strictness looks at missing keys or the load is shared: if another rank fails there, what
+        comes back here must not be called (the ranks agree on that before they call it).
+        """
+        wanted: _Wanted | None = None
+        problem: Exception | None = None
+        try:
+            try:
+                wanted = self._plan(state)
+            except Exception as error:  # noqa: BLE001  (the others may be waiting for this rank)
+                problem = error
+            difference = self._judge(wanted, problem)
+            assert wanted is not None, "else there was a problem, and it was raised"
+            self._read(wanted)
+            main_weights = self._main_weights(state, wanted.parts)
+        except PeerFailedError:
+            return _not_to_be_called
+        finally:
+            for reader in (self._reader, self._base):
+                if reader is not None:
+                    reader.close()
+
+        def copy() -> Resume:
+            with torch.no_grad():
+                torch._foreach_copy_([tensor for _, tensor in wanted.plan.targets], list(wanted.staged))
+                wanted.plan.finish()
+                self._renew_main_parameters(state, wanted.parts, main_weights)
+            return self._resume(difference)
+
+        return copy
+
+    # -- what is to be loaded -----------------------------------------------------------------------------------------
+
+    def _plan(self, state: TrainingState) -> _Wanted:
+        model_alone = self._chosen.weights_only or self._release
+        own = None if model_alone else self._reader.rank_state(self._rank)
+        parts = self._parts()
+        if own is None:
+            own, parts = self._without_rank_state(state, parts)
+        parts = self._saved_parts(own, parts)
+        live = {item.key: item for item in state.collect(_MODEL_ONLY).items}
+        values, from_live, added = own.values, frozenset[str](), frozenset[str]()
+        if not self._restored_whole:
+            here = encode(state.tree(tuple({"model", "optimizer"} & set(parts))))[0]
+            # with the optimizer's state goes the very dtype of its parameters; without it weights are converted
+            fitted = reconcile(own.values, here, convert="optimizer" not in parts)
+            values, from_live, added = fitted.values, fitted.from_live, fitted.added
+        index = self._index(own, live, state, from_live)
+        lacking = added - index.keys()
+        from_base = self._look_in_base(lacking & live.keys(), index, live)
+        initial = lacking - from_base
+        unexpected = initial - self._adapters(initial, state)
+        index |= {key: SavedItem.of(live[key]) for key in initial & live.keys()}
+        plan = state.plan_load(values, index, parts)
+        staged, targets, base_targets = _staging(plan, index, own, live, from_base, initial)
+        asked = {key for key, _ in plan.targets} | live.keys()
+        return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
+
+    def _parts(self) -> tuple[str, ...]:
+        """What the load options ask for; a non-persistent save of this run is always restored whole."""
+        if self._restored_whole:
+            return PARTS
+        left_out = set() if self._checkpoint.load_optim else {"optimizer", "scheduler"}
+        left_out |= set() if self._checkpoint.load_rng else {"rng"}
+        return tuple(part for part in PARTS if part not in left_out)
+
+    def _saved_parts(self, own: RankState, parts: Sequence[str]) -> tuple[str, ...]:
+        """`parts` less what the checkpoint was saved without, which is said."""
+        try:
+            saved = json.loads(own.values)
+        except (ValueError, RecursionError):
+            return tuple(parts)  # the plan refuses it in words
+        absent = [part for part in _OPTIONAL if part in parts and isinstance(saved, dict) and part not in saved]
+        if absent:
+            what = f"{self._reader.folder} was saved without {', '.join(absent)}: what is here stays as it is"
+            self._tell("warning", what=what, advice="")
+        return tuple(part for part in parts if part not in absent)
+
+    def _without_rank_state(self, state: TrainingState, parts: Sequence[str]) -> tuple[RankState, tuple[str, ...]]:
+        """The model, and what everybody may know of the counters. For what this rank alone knew there is nothing."""
+        reader, models = self._reader, [dict[str, Any]() for _ in state.models]
+        if self._chosen.weights_only:
+            return RankState(encode({"model": models})[0], {}), _MODEL_ONLY
+        if reader.record is not None and not self._release:
+            raise CorruptCopyError(f"{reader.folder} holds no state of rank {self._rank}.")
+        counters = read_train_state(reader.folder, self._fs)
+        tree: dict[str, Any] = {"model": models}
+        if counters is not None:
+            tree["train_state"] = counters
+        if not self._release:
+            lost = ", ".join(part for part in parts if part not in tree)
+            what = f"iteration {self._chosen.save.iteration} in {reader.folder} holds no state of rank {self._rank}"
+            self._tell("warning", what=f"{what}: {' and '.join(tree)} are loaded, not {lost}", advice="")
+        return RankState(encode(tree)[0], {}), tuple(tree)
+
+    def _index(
+        self, own: RankState, live: Mapping[str, Item], state: TrainingState, from_live: frozenset[str]
+    ) -> dict[str, SavedItem]:
+        """What the checkpoint holds for this rank, under the dtype that the tree says it has."""
+        index = {key: _saved(key, tensor.dtype, tuple(tensor.shape), None) for key, tensor in own.tensors.items()}
+        for key, stored in self._reader.index.items():
+            index.setdefault(key, _saved(key, stored.dtype, stored.global_shape, _live_like(key, live, state)))
+        for key, item in live.items():
+            if key in index and key in from_live:
+                index[key] = replace(index[key], dtype=item.tensor.dtype)
+            root = item.alias_of
+            if root is not None and key in index and root in index:
+                index[key] = replace(index[key], alias_of=root)  # tied weights are stored once
+        return index
+
+    # -- keys that differ ---------------------------------------------------------------------------------------------
+
+    def _look_in_base(
+        self, lacking: Collection[str], index: dict[str, SavedItem], live: Mapping[str, Item]
+    ) -> frozenset[str]:
+        """What the checkpoint lacks and the pretrained one has; adds it to `index`."""
+        if not lacking or self._chosen.weights_only or self._checkpoint.pretrained_checkpoint is None:
+            return frozenset()
+        self._base = self._open_base()
+        if self._base is None:
+            return frozenset()
+        found = frozenset(lacking) & self._base.index.keys()
+        for key in found:
+            index[key] = _saved(key, live[key].tensor.dtype, self._base.index[key].global_shape, live[key])
+        return found
+
+    def _adapters(self, lacking: Collection[str], state: TrainingState) -> frozenset[str]:
+        """What a pretrained checkpoint may lack: trained parts of a model of which others are frozen."""
+        if not self._chosen.weights_only or not lacking:
+            return frozenset()
+        frozen = {
+            f"{MODEL_PREFIX}{model.position}/{path_component(name)}"
+            for model in state.models
+            for name, parameter in model.parameters()
+            if not parameter.requires_grad
+        }
+        if not frozen or frozen & set(lacking):
+            return frozenset()
+        what = f"{self._reader.folder} lacks {len(lacking)} entries of the model, which begin with their initial values"
+        self._tell("warning", what=f"{what}: {_few(lacking)}", advice="Parameters that it has are frozen: an adapter.")
+        return frozenset(lacking)
+
+    def _judge(self, wanted: _Wanted | None, problem: Exception | None) -> KeyDifference:
+        """Hold the keys against each other as `dist_ckpt_strictness` says; collective where it has to be.
+
+        Raises this rank's problem, or PeerFailedError if others have one.
+        """
+        mode = "assume_ok_unexpected" if self._restored_whole else self._checkpoint.dist_ckpt_strictness
+        group, everyone_asks = self._peers.everyone, looks_at_missing(mode)
+        missing: frozenset[str] = frozenset()
+        if everyone_asks:
+            told = {"asked": sorted(wanted.asked), "unexpected": len(wanted.unexpected)} if wanted else None
+            heard = [json.loads(payload) for payload in group.gather(json.dumps(told).encode())]
+            if problem is None and None in heard:
+                raise PeerFailedError("another rank could not plan its load.")
+            if problem is None and wanted is not None:
+                missing = self._missing(wanted, frozenset(key for each in heard for key in each["asked"]))
+        if problem is None and wanted is not None:
+            try:
+                difference = judge_keys(set(map(stored_key, wanted.unexpected)), set(map(stored_key, missing)), mode)
+            except MissingKeysError as error:
+                problem = error
+        if everyone_asks or self._shared_load:
+            agree(group, problem)
+        elif problem is not None:
+            raise problem
+        return difference
+
+    def _missing(self, wanted: _Wanted, asked: frozenset[str]) -> frozenset[str]:
+        """What the checkpoint has of the loaded parts, and no rank asks for."""
+        return frozenset(key for key in self._reader.index.keys() - asked if _part_of(key) in wanted.parts)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _shared_load(self) -> bool:
+        return self._checkpoint.fully_parallel_load and self._peers.everyone.size > 1
+
+    def _read(self, wanted: _Wanted) -> None:
+        if self._shared_load:
+            group = self._peers.open_replicas()
+            try:
+                read_together(self._reader, wanted.targets, group)
+            finally:
+                group.close()
+        else:
+            self._reader.read(wanted.targets)
+        if self._base is None or not wanted.base_targets:
+            return
+        try:
+            self._base.verify(self._base.files(wanted.base_targets))
+            self._base.read(wanted.base_targets)
+        except CorruptCopyError as error:  # no reason to strike off the checkpoint that was elected
+            raise NoUsableSaveError(f"pretrained_checkpoint cannot be used: {error}") from error
+
+    # -- main parameters of a mixed-precision optimizer ---------------------------------------------------------------
+
+    def _main_weights(self, state: TrainingState, parts: Sequence[str]) -> dict[str, Any] | None:
+        """The model's parameters as they are stored, for `load_main_params_from_ckpt`; None: not asked for.
+
+        In the form of Megatron's state dicts: `model`, or `model0`, `model1`, … for several chunks.
+        """
+        wanted = self._checkpoint.load_main_params_from_ckpt and "optimizer" not in parts
+        if not wanted or self._chosen.weights_only:
+            return None
+        if not any(_renews(optimizer.optimizer) for optimizer in state.optimizers):
+            what = "load_main_params_from_ckpt has no effect: no optimizer keeps main parameters of its own"
+            self._tell("warning", what=what, advice="Megatron's mixed-precision optimizers do (reload_model_params).")
+            return None
+        live = {item.key: item for item in state.collect(_MODEL_ONLY).items}
+        chunks: dict[str, Any] = {}
+        for model in state.models:
+            stored: dict[str, torch.Tensor] = {}
+            for name, _ in model.parameters():
+                key = f"{MODEL_PREFIX}{model.position}/{path_component(name)}"
+                reader = self._reader if key in self._reader.index else self._base
+                if reader is None or key not in reader.index:
+                    continue
+                out = torch.empty(live[key].tensor.shape, dtype=reader.index[key].dtype)
+                reader.read([Target(key, out, live[key].offsets, live[key].global_shape)])
+                stored[name] = out
+            chunks["model" if len(state.models) == 1 else f"model{model.position}"] = stored
+        return chunks
+
+    def _renew_main_parameters(
+        self, state: TrainingState, parts: Sequence[str], main_weights: dict[str, Any] | None
+    ) -> None:
+        """Without the optimizer's state, its main parameters must follow the weights that were loaded.
+
+        Else its first step would put the initial weights back.
+        """
+        if "optimizer" in parts:
+            return
+        for optimizer in state.optimizers:
+            owner: Any = optimizer.optimizer
+            if _renews(owner):
+                owner.reload_model_params(*(() if main_weights is None else (main_weights,)))
+
+    def _resume(self, difference: KeyDifference) -> Resume:
+        chosen = self._chosen
+        return Resume(
+            0 if chosen.weights_only else chosen.save.iteration, chosen.save.generation, chosen.tier, 0.0,
+            missing_keys=tuple(sorted(difference.missing)), unexpected_keys=tuple(sorted(difference.unexpected)),
+        )  # fmt: skip
+
+
+def _staging(
+    plan: LoadPlan,
+    index: Mapping[str, SavedItem],
+    own: RankState,
+    live: Mapping[str, Item],
+    from_base: Collection[str],
+    initial: Collection[str],
+) -> tuple[list[torch.Tensor], list[Target], list[Target]]:
+    """A tensor for each of the plan's targets, and which of them are to be filled from where."""
+    staged: list[torch.Tensor] = []
+    targets: list[Target] = []
+    base_targets: list[Target] = []
+    for key, tensor in plan.targets:
+        if key in initial or key in own.tensors:
+            staged.append(live[key].tensor if key in initial else own.tensors[key])
+            continue
+        out = torch.empty(tensor.shape, dtype=tensor.dtype)
+        staged.append(out)
+        chosen = base_targets if key in from_base else targets
+        chosen.append(Target(key, out, index[key].offsets, index[key].global_shape))
+    return staged, targets, base_targets
+
+
+def _not_to_be_called() -> Resume:
+    raise LayoutMismatchError("another rank cannot load the elected save.", advice="See that rank's log.")
+
+
+def _renews(optimizer: Any) -> bool:
+    """Whether it keeps main parameters beside the model's, as Megatron's mixed-precision optimizers do."""
+    return callable(getattr(optimizer, "reload_model_params", None))
+
+
+def _part_of(key: str) -> str:
+    """The part of the state that a stored key belongs to, other programs' optimizer keys included."""
+    return "optimizer" if stored_key(key).startswith("optimizer.") else key.split("/", 1)[0]
+
+
+def _few(keys: Collection[str]) -> str:
+    shown = ", ".join(sorted(map(stored_key, keys))[:10])
+    return f"{shown} and {len(keys) - 10} more" if len(keys) > 10 else shown
+
+
+def _saved(key: str, dtype: torch.dtype, shape: tuple[int, ...], live: Item | None) -> SavedItem:
+    """A whole tensor, or the part of it that the live DTensor has on this rank."""
+    if live is None or live.global_shape != shape:
+        return SavedItem(key, dtype, shape, (0,) * len(shape), shape)
+    return SavedItem(key, dtype, shape, live.offsets, tuple(live.tensor.shape))
+
+
+def _live_like(key: str, items: Mapping[str, Item], state: TrainingState) -> Item | None:
+    """The live tensor itself, or the parameter whose optimizer state this is (it is sharded alike)."""
+    parts = key.split("/")
+    if parts[0] == "optimizer" and len(parts) >= 4 and parts[2] == "state":
+        return items.get(state.model_key(parts[3]))
+    return items.get(key)
