@@ -87,7 +87,11 @@ class EvictedError(ResilienceError, PermissionError):
 
 
 class PeerLostError(ResilienceError, ConnectionError):
-    """A peer died or made no progress within `exchange_timeout_s`."""
+    """A peer died or made no progress within `exchange_timeout_s`; `rank` says which, where that is known."""
+
+    def __init__(self, message: str, *, advice: str = "", rank: int | None = None) -> None:
+        super().__init__(message, advice=advice)
+        self.rank = rank
 
 
 class DivergedRanksError(ResilienceError, RuntimeError):

@@ -6,7 +6,7 @@ progress and ends in a `PeerLostError`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -78,7 +78,10 @@ class Links(Protocol):
         ...
 
     def wait(self, transfer: Transfer) -> None:
-        """Until it is done; PeerLostError if a member died or nothing moved within the bound."""
+        """Until it is done. PeerLostError (with the `rank` that is given up, where it is known) if a member died, fell
+
+        silent for the bound, or lives but moves nothing for `STALL_BOUNDS` times the bound.
+        """
         ...
 
     def close(self, *, failed: bool = False, linger_s: float = 10.0) -> None: ...
@@ -97,8 +100,17 @@ class Communicator(Protocol):
         """A group over `ranks` (default: all); collective over exactly those, `name` unique among groups."""
         ...
 
-    def control(self, name: str) -> Control: ...
-    def links(self, name: str, ranks: Sequence[int]) -> Links: ...
+    def control(self, name: str, nodes: Sequence[str]) -> Control:
+        """Collective over all ranks. `nodes`: of each rank; where there are many ranks, each talks to its node's."""
+        ...
+
+    def links(self, name: str, ranks: Sequence[int], wanted: Callable[[], bool] = lambda: True) -> Links:
+        """Collective over exactly `ranks`; waits for those that live. PeerLostError as of `Links.wait`, and as soon as
+
+        the links are no longer `wanted`.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -136,10 +148,10 @@ class SoloCommunicator:
     def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
         return SoloAgreements()
 
-    def control(self, name: str) -> Control:
+    def control(self, name: str, nodes: Sequence[str]) -> Control:
         return SoloControl()
 
-    def links(self, name: str, ranks: Sequence[int]) -> Links:
+    def links(self, name: str, ranks: Sequence[int], wanted: Callable[[], bool] = lambda: True) -> Links:
         raise PeerLostError(f"a world of one has no peers to link to ({name}, {list(ranks)})")
 
     def close(self) -> None:

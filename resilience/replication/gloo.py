@@ -2,14 +2,15 @@
 
 The groups are `ProcessGroupGloo` objects on a prefixed store, outside torch's registry: `new_group` with local
 synchronisation derives names from how many groups a process is in, and hangs when members differ in that. Their own
-timeout is not used (a timeout closes every pair of a group for good); `Patience` bounds the waits.
+timeout is not used (a timeout closes every pair of a group for good); a `Vigil` bounds the waits. No group is wider
+than `fan_in.WIDEST`: agreements among more ranks go through a tree of groups.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from resilience.errors import PeerLostError
+from resilience.planning.fan_in import WIDEST, fan_in
 from resilience.replication.communicator import Agreements, Control, Links, SoloAgreements, SoloControl
 from resilience.replication.links import GlooLinks
-from resilience.replication.liveness import Liveness, Patience
+from resilience.replication.liveness import Liveness, Vigil
+from resilience.replication.tree import Stage, Tree, TreeControl
 
 __all__ = ["UNBOUNDED", "TorchCommunicator", "connect"]
 
@@ -33,7 +36,8 @@ _builds = 0  # communicators made in this process: equal on all ranks, so it nam
 class TorchCommunicator:
     """This process in its torch.distributed world. Made by every rank, in the same order."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, widest: int = WIDEST) -> None:
+        """`widest`: members of one group at most."""
         global _builds
         _builds += 1
         if not dist.is_initialized():
@@ -42,6 +46,7 @@ class TorchCommunicator:
         self.world_size = dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._timeout_s = timeout_s
+        self._widest = widest
         base = dist.distributed_c10d._get_default_store()
         store: Any = PrefixStore(f"resilience/{_builds}", base)
         # A client of the store is a connection of this rank to its host (and a name lookup there), so there are few:
@@ -54,24 +59,65 @@ class TorchCommunicator:
         members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
         if len(members) == 1:
             return SoloAgreements()
-        return _GlooAgreements(self._group(self._store, name, members), members, self._liveness, name)
+        levels = fan_in(members, widest=self._widest)
+        if len(levels) == 1:
+            return self._flat(name, members)
+        return self._tree(name, members, levels)
 
-    def control(self, name: str) -> Control:
+    def control(self, name: str, nodes: Sequence[str]) -> Control:
         if self.world_size == 1:
             return SoloControl()
         members = tuple(range(self.world_size))
-        return _GlooControl(self._group(self._store, name, members), members, self._liveness)
+        levels = fan_in(members, nodes, self._widest)
+        if len(levels) == 1:
+            return _GlooControl(self._group(self._store, name, members), members, self._liveness)
+        return TreeControl(self._tree(name, members, levels))
 
-    def links(self, name: str, ranks: Sequence[int]) -> Links:
+    def links(self, name: str, ranks: Sequence[int], wanted: Callable[[], bool] = lambda: True) -> Links:
         members = tuple(ranks)
         self._links_store = self._links_store or self._store.clone()
-        return GlooLinks(self._group(self._links_store, name, members), members, self.rank, self._timeout_s)
+        group = self._group(self._links_store, name, members, wanted)
+        return GlooLinks(group, members, self.rank, self._liveness)
 
     def close(self) -> None:
         self._liveness.close()
 
-    def _group(self, store: Store, name: str, members: tuple[int, ...]) -> Group:
+    def _flat(self, name: str, members: tuple[int, ...]) -> Agreements:
+        return _GlooAgreements(self._group(self._store, name, members), members, self._liveness, name)
+
+    def _tree(self, name: str, members: tuple[int, ...], levels: list[list[tuple[int, ...]]]) -> Tree:
+        """Open this rank's groups, lowest first: a leader's next one comes together when all below it have."""
+        stages = [
+            Stage(self._flat(f"{name}/{height}/{group[0]}", group), group[0] == self.rank, level is levels[-1])
+            for height, level in enumerate(levels)
+            for group in level
+            if self.rank in group
+        ]
+        return Tree(name, members.index(self.rank), len(members), stages)
+
+    def _group(
+        self, store: Store, name: str, members: tuple[int, ...], wanted: Callable[[], bool] = lambda: True
+    ) -> Group:
+        self._meet(PrefixStore(f"{name}/here", store), name, members, wanted)
         return connect(store, name, members.index(self.rank), len(members), self._timeout_s)
+
+    def _meet(self, here: Store, name: str, members: tuple[int, ...], wanted: Callable[[], bool]) -> None:
+        """Until every member is here: gloo's own bound does not know who lives, and does not say who is missing."""
+        missing = [rank for rank in members if rank != self.rank]
+        pause_s = 0.001
+        try:
+            here.set(str(self.rank), "1")
+            with Vigil(self._liveness, missing, "it has to wait", time.monotonic, stalls=True) as vigil:
+                while missing := [rank for rank in missing if not here.check([str(rank)])]:
+                    if not wanted():
+                        raise PeerLostError(f"rank {missing[0]} is late, and they are not wanted any more")
+                    time.sleep(pause_s)
+                    pause_s = min(pause_s * 1.5, 0.05)
+                    vigil.check()
+        except (PeerLostError, RuntimeError, OSError) as error:
+            rank = error.rank if isinstance(error, PeerLostError) and error.rank is not None else None
+            late = f"the group {name} of ranks {list(members)} did not come together, {missing[:8]} not being there"
+            raise PeerLostError(f"{late}: {error}", rank=missing[0] if rank is None and missing else rank) from error
 
 
 def connect(store: Store, name: str, rank: int, size: int, timeout_s: float) -> Group:
@@ -103,13 +149,13 @@ class _GlooGroup:
     def _finish(self, work: Any) -> None:
         """Wait for `work` by looking: a blocking wait could not be bounded without closing the group."""
         if not work.is_completed():
-            patience = Patience(self._liveness, self._members, self._name, time.monotonic)
             pause_s = 0.0001
-            while not work.is_completed():
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 1.1, 0.005)  # notices the end within a tenth of the wait
-                self._live()
-                patience.check()
+            with Vigil(self._liveness, self._members, self._name, time.monotonic) as vigil:
+                while not work.is_completed():
+                    time.sleep(pause_s)
+                    pause_s = min(pause_s * 1.1, 0.005)  # notices the end within a tenth of the wait
+                    self._live()
+                    vigil.check()
         try:
             work.wait(UNBOUNDED)
         except RuntimeError as error:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from resilience.errors import PeerLostError, ResilienceError
+from resilience.errors import ResilienceError
 from resilience.planning.control import SlotReport
 from resilience.planning.inventory import SaveId
-from resilience.replication.clique import CliqueExchange, Inbox, Offer
+from resilience.replication.clique import CliqueExchange, ExchangeBrokenError, Inbox, Offer
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.equality import Sample
@@ -74,14 +74,21 @@ class Protection:
     """The background life of saves on this rank."""
 
     def __init__(
-        self, keeper: ShardKeeper, group: Agreements, board: Board, tell: Tell, now: Callable[[], float]
+        self,
+        keeper: ShardKeeper,
+        group: Agreements,
+        board: Board,
+        tell: Tell,
+        now: Callable[[], float],
+        nodes: Sequence[str] = (),
     ) -> None:
-        """`group`: the data-parallel group, used by this lane alone."""
+        """`group`: the data-parallel group, used by this lane alone. `nodes`: of each rank, for what is told."""
         self._keeper = keeper
         self._group = group
         self._board = board
         self.tell = tell
         self._now = now
+        self._nodes = tuple(nodes)
         self._exchange: CliqueExchange | None = None
         self.replicating = False  # whether replicas are wanted at all (and not only possible right now)
         self.broken = False  # the clique's group is down: a new epoch is wanted
@@ -98,6 +105,8 @@ class Protection:
         began = self._now()
         attempt = _Attempt(self, job)
         try:
+            if self._exchange is not None and self._exchange.capped:
+                attempt.settle()  # the owner's copy does not wait for bytes that go slowly on purpose
             missing = self._swap(job, attempt)
             attempt.settle()  # whatever became of the link: the group's agreement and our own commit happen once
         except Exception as error:
@@ -141,10 +150,9 @@ class Protection:
         offer = Offer(job.save, job.arena if attempt.sendable else None, attempt.digest)
         try:
             received, reasons = self._exchange.run(offer, attempt.inbox)
-        except PeerLostError as error:
+        except ExchangeBrokenError as error:
             self.broken = True
-            self.tell("replication_down", iteration=job.save.iteration, error=str(error))
-            return str(error)
+            return self._tell_down(job.save, error)
         problems = [f"rank {owner}: {reason}" for owner, reason in reasons.items() if attempt.expected(owner)]
         for got in received:
             if self._keeper.holds(job.save, got.owner):  # sent for another holder's sake, after a restart
@@ -156,6 +164,24 @@ class Protection:
                 self._keeper.discard(got.owner, got.slot, reusable=True)
                 problems.append(f"replica of rank {got.owner}: {error}")
         return "; ".join(problems)
+
+    def _tell_down(self, save: SaveId, error: ExchangeBrokenError) -> str:
+        """Say who was given up and how far its bytes had come; returns why there are no replicas."""
+        peer = error.rank
+        if peer is None:
+            self.tell("replication_down", iteration=save.iteration, error=str(error))
+            return str(error)
+        node = self._nodes[peer] if peer < len(self._nodes) else ""
+        why = (
+            f"rank {peer} on node {node} was given up after {error.received_bytes} of {error.expected_bytes} bytes "
+            f"from it and at least {error.sent_bytes} of {error.offered_bytes} bytes to it: {error}"
+        )
+        self.tell(
+            "replication_down", iteration=save.iteration, error=why, peer=peer, peer_node=node,
+            received_bytes=error.received_bytes, expected_bytes=error.expected_bytes,
+            sent_bytes=error.sent_bytes, offered_bytes=error.offered_bytes,
+        )  # fmt: skip
+        return why
 
     def _finish(self, job: SaveJob, began: float, missing: str) -> None:
         seconds = self._now() - began

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from resilience.assembly import Start
 from resilience.errors import PeerLostError, ResilienceError
+from resilience.planning.pacing import falls_behind
 from resilience.replication.clique import CliqueExchange
 from resilience.replication.communicator import Agreements
+from resilience.replication.pace import Pace
 from resilience.replication.protection import Board, Protection, SaveJob
 from resilience.restore import Plan
 from resilience.runtime.clock import Clock
@@ -36,22 +38,28 @@ class Replicas:
         self._lane = lane
         self._clock = clock
         self._tell = tell
-        self._protection = Protection(keeper, group, board, tell, clock.now)
+        self._protection = Protection(keeper, group, board, tell, clock.now, start.job.nodes)
         self._bytes_per_s: float | None = None
+        self._pace = Pace(None, clock.now, clock.sleep)
+        self._saved_at: float | None = None
+        self._warned = False
         self._epoch = 0
-        self._rebuilding = False
+        self._tried = -1  # the newest epoch whose links were opened, or could not be; written in the lane
 
     def begin(self, plan: Plan, bytes_per_s: float | None) -> None:
         """Open the first links and send what the elected save lacks. `bytes_per_s`: cap of the traffic."""
         if self._start.topology.factor == 1:
             return
         self._bytes_per_s = bytes_per_s
+        self._pace = Pace(bytes_per_s, self._clock.now, self._clock.sleep)
         self._protection.replicating = True
         self._lane.submit("connect", lambda: self._connect(0))
         self._again(plan)
 
     def submit(self, job: SaveJob) -> None:
         """Hand over one agreed save."""
+        if job.arena is not None:
+            self._check_cap(job.arena.nbytes)
         self._lane.submit(f"save {job.save.iteration}", lambda: self._protection.run(job))
 
     def close(self, *, failed: bool) -> None:
@@ -81,34 +89,48 @@ class Replicas:
 
     def _connect(self, epoch: int) -> None:
         """Open the links of an epoch to the clique. In the protect lane."""
-        topology, rank, protection = self._start.topology, self._start.job.rank, self._protection
-        self._rebuilding = False
-        members = topology.clique_of(rank)
-        protection.connect(None)
-        if len(members) == 1:
-            protection.replicating = False
-            return
+        if epoch < self._epoch:
+            return  # this lane was late: the peers are on their way to a newer one
         try:
-            links = self._start.communicator.links(f"epoch{epoch}/clique{members[0]}", members)
+            self._protection.connect(None)
+            self._protection.connect(self._open(epoch))
+        finally:
+            self._tried = epoch
+
+    def _open(self, epoch: int) -> CliqueExchange | None:
+        topology, job = self._start.topology, self._start.job
+        members = topology.clique_of(job.rank)
+        if len(members) == 1:
+            self._protection.replicating = False
+            return None
+        try:
+            name = f"epoch{epoch}/clique{members[0]}"
+            links = self._start.communicator.links(name, members, wanted=lambda: epoch == self._epoch)
         except PeerLostError as error:
-            self._tell("replication_down", error=str(error), epoch=epoch)
-            return
-        protection.connect(CliqueExchange(links, rank, topology.holders[rank], topology.held()[rank], self._pace))
+            peer = {} if error.rank is None else {"peer": error.rank, "peer_node": job.nodes[error.rank]}
+            self._tell("replication_down", error=str(error), epoch=epoch, **peer)
+            return None
         if epoch:
             self._tell("epoch", epoch=epoch)
+        return CliqueExchange(links, job.rank, topology.holders[job.rank], topology.held()[job.rank], self._pace)
 
-    def _pace(self, nbytes: int) -> None:
-        """Keep under `replication_bytes_per_s`."""
-        if self._bytes_per_s:
-            self._clock.sleep(nbytes / self._bytes_per_s)
+    def _check_cap(self, shard_bytes: int) -> None:
+        """Say once that the cap is too low for how often saves come."""
+        before, self._saved_at = self._saved_at, self._clock.now()
+        if self._bytes_per_s is None or before is None or self._warned:
+            return
+        holders = len(self._start.topology.holders[self._start.job.rank])
+        problem = falls_behind(shard_bytes, holders, self._bytes_per_s, self._saved_at - before)
+        if problem:
+            self._warned = True
+            self._tell("warning", what=problem, advice="Raise replication_bytes_per_s, or save less often.")
 
     def epoch_wanted(self) -> int:
         """The next epoch if this rank's links are down, else the one in force."""
-        return self._epoch + 1 if self._protection.broken and not self._rebuilding else self._epoch
+        return self._epoch + 1 if self._protection.broken and self._tried == self._epoch else self._epoch
 
     def set_epoch(self, epoch: int) -> None:
         """All ranks agreed on `epoch`: rebuild the links, in the lane's order."""
         if epoch > self._epoch:
             self._epoch = epoch
-            self._rebuilding = True
             self._lane.submit("connect", lambda: self._connect(epoch))

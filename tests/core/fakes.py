@@ -32,6 +32,7 @@ class Wire:
 @dataclass
 class _Receive:
     content: torch.Tensor
+    peer: int
     box: queue.Queue[torch.Tensor]
 
 
@@ -50,14 +51,14 @@ class FakeLinks:
         return None
 
     def receive(self, content: torch.Tensor, peer: int, tag: int) -> object:
-        return _Receive(content, self._wire.box(peer, self._rank, tag))
+        return _Receive(content, peer, self._wire.box(peer, self._rank, tag))
 
     def wait(self, transfer: object) -> None:
         if isinstance(transfer, _Receive):
             try:
                 arrived = transfer.box.get(timeout=self._wire.timeout_s)
             except queue.Empty as error:
-                raise PeerLostError(f"nothing moved for {self._wire.timeout_s:g} s") from error
+                raise PeerLostError(f"nothing moved for {self._wire.timeout_s:g} s", rank=transfer.peer) from error
             transfer.content.copy_(arrived)
 
     def close(self, *, failed: bool = False, linger_s: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from resilience.errors import PeerLostError
+from resilience.planning.pacing import SMALLEST_PIECE
 from resilience.replication import clique
-from resilience.replication.clique import CliqueExchange, Offer, Received
+from resilience.replication.clique import CliqueExchange, ExchangeBrokenError, Offer, Received
+from resilience.replication.pace import Pace
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import digest_of
 from tests.core.fakes import SEND_TAGS, CountingInbox, FakeLinks, Wire
@@ -62,6 +65,7 @@ def exchange(
     offers: Callable[[int, Offer], Offer] = lambda rank, offer: offer,
     size: int = 2,
     no_room: dict[int, tuple[int, ...]] | None = None,
+    pace: Callable[[int], Pace] = lambda rank: Pace(None, time.monotonic, time.sleep),
 ) -> list[Ended]:
     """A clique of `size` in which everybody holds everybody's replica."""
     ended: list[Ended | None] = [None] * size
@@ -71,7 +75,7 @@ def exchange(
         arena = arena_of(directory / f"own{rank}", rank)
         inbox = CountingInbox(directory / f"in{rank}", (no_room or {}).get(rank, ()))
         offer = offers(rank, Offer(SAVE, arena, lambda: digest_in_parts(arena)))
-        exchange = CliqueExchange(FakeLinks(wire, rank), rank, peers, peers, lambda nbytes: None)
+        exchange = CliqueExchange(FakeLinks(wire, rank), rank, peers, peers, pace(rank))
         try:
             received, reasons = exchange.run(offer, inbox)
             ended[rank] = Ended(received, dict(reasons), inbox)
@@ -173,7 +177,11 @@ def test_a_message_that_never_comes_ends_the_exchange_and_the_slots_are_not_used
 
 
 @pytest.mark.parametrize(
-    ("word", "value"), [(0, 1), (1, SAVE.iteration + 1), (2, SAVE.generation - 1), (3, 0), (4, -5), (4, 1 << 60)]
+    ("word", "value"),
+    [
+        *((0, 1), (1, SAVE.iteration + 1), (2, SAVE.generation - 1), (3, 0)),
+        *((4, -5), (4, 1 << 60), (6, 0), (6, 3 << 20)),
+    ],
 )
 def test_a_frame_of_another_exchange_ends_this_one_before_a_byte_is_allocated(
     tmp_path: Path, word: int, value: int
@@ -189,10 +197,77 @@ def test_a_frame_of_another_exchange_ends_this_one_before_a_byte_is_allocated(
     assert first.inbox.discarded == []
 
 
-def test_the_rate_is_asked_about_every_segment_for_every_holder(tmp_path: Path) -> None:
-    paced: list[int] = []
-    arena = arena_of(tmp_path / "own", 0)
-    exchange = CliqueExchange(FakeLinks(Wire(), 0), 0, (1, 2), (), paced.append)
-    exchange.run(Offer(SAVE, arena, lambda: digest_of(b"")), CountingInbox(tmp_path / "in"))
-    assert sum(paced) == 2 * SIZE
-    assert max(paced) <= 4096
+def test_under_a_cap_the_vote_comes_first_and_the_pieces_to_all_holders_keep_to_the_rate(tmp_path: Path) -> None:
+    told: list[Any] = []
+    clock = Clock()
+
+    def note(sender: int, receiver: int, tag: int, content: torch.Tensor) -> torch.Tensor:
+        told.append((clock.now(), tag, len(content) if tag == SEND_TAGS["segment"] else 0))
+        return content
+
+    def digest() -> str:
+        told.append((clock.now(), "voted", 0))
+        return digest_of(b"")
+
+    arena = Arena(FS.create_mapping(tmp_path / "own", 300_000))
+    pace = Pace(100_000.0, clock.now, clock.sleep)
+    exchange = CliqueExchange(FakeLinks(Wire(alter=note), 0), 0, (1, 2), (), pace)
+    exchange.run(Offer(SAVE, arena, digest), CountingInbox(tmp_path / "in"))
+    exchange.run(Offer(SAVE, arena, digest), CountingInbox(tmp_path / "in"))
+    assert told[0] == (0.0, "voted", 0)
+    gone = 0
+    for at, _, nbytes in told:
+        gone += nbytes
+        assert gone <= 100_000 * at + 1
+    assert gone == 2 * 2 * 300_000
+    assert max(nbytes for _, _, nbytes in told) <= SMALLEST_PIECE
+
+
+def test_under_a_cap_a_void_save_costs_no_traffic(tmp_path: Path) -> None:
+    tags: list[int] = []
+
+    def note(sender: int, receiver: int, tag: int, content: torch.Tensor) -> torch.Tensor:
+        tags.append(tag)
+        return content
+
+    arena, clock = arena_of(tmp_path / "own", 0), Clock()
+    pace = Pace(1.0, clock.now, clock.sleep)
+    exchange = CliqueExchange(FakeLinks(Wire(alter=note), 0), 0, (1,), (), pace)
+    exchange.run(Offer(SAVE, arena, lambda: None), CountingInbox(tmp_path / "in"))
+    assert tags == [SEND_TAGS["opening"], SEND_TAGS["closing"]]
+
+
+@pytest.mark.parametrize("capped", [1, 0])
+def test_members_that_send_in_pieces_of_different_sizes_understand_each_other(tmp_path: Path, capped: int) -> None:
+    rates = {capped: 1e9}
+    for ended in exchange(tmp_path, Wire(), pace=lambda rank: Pace(rates.get(rank), time.monotonic, time.sleep)):
+        assert ended.reasons == {}
+        assert len(ended.received) == 1
+
+
+def test_a_broken_exchange_says_whose_bytes_stopped_and_where(tmp_path: Path) -> None:
+    sent: list[int] = []
+
+    def stop_after_two(sender: int, receiver: int, tag: int, content: torch.Tensor) -> torch.Tensor | None:
+        if (sender, tag) == (0, SEND_TAGS["segment"]):
+            sent.append(len(content))
+            return content if len(sent) <= 2 else None
+        return content
+
+    _, second = exchange(tmp_path, Wire(timeout_s=0.5, alter=stop_after_two))
+    assert isinstance(second.error, ExchangeBrokenError)
+    assert (second.error.rank, second.error.received_bytes, second.error.expected_bytes) == (0, 2 * 4096, SIZE)
+    assert second.error.offered_bytes == SIZE
+
+
+class Clock:
+    """Time passes only while somebody sleeps, and a little longer than asked for."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds * 1.01
