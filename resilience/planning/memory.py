@@ -26,9 +26,12 @@ class MemoryBudget:
 
 
 def arenas_per_rank(keep_last: int, interval: int | None, file_is_arena: bool) -> int:
-    """Arenas of one rank. One more when saves follow each other so closely that two are in the making at once."""
+    """Arenas of one rank. One more when saves follow each other so closely that two are in the making at once.
+
+    Where files lie on a disk, one is filled while the other one is written.
+    """
     extra = 1 if interval is not None and interval < 4 else 0
-    return (_saves_held(keep_last) if file_is_arena else 1) + extra
+    return _saves_held(keep_last) + extra if file_is_arena else 2
 
 
 def _saves_held(keep_last: int) -> int:

@@ -30,6 +30,7 @@ from resilience.runtime.memory import available_bytes
 from resilience.runtime.worker import Lane
 from resilience.saving.drain import Drain
 from resilience.saving.replicas import Replicas
+from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
 from resilience.snapshot.layout import ShardIdentity
 from resilience.snapshot.planner import SnapshotPlanner
@@ -94,6 +95,10 @@ class Saving:
             None if start.keeper is None else Replicas(start, start.keeper, equality, self.board, lane, clock, tell)
         )
         self._protect = lane
+        self.reservation = (
+            None if start.keeper is None else Reservation(start.keeper, Lane("reserve", self._lane_error), self.tell)
+        )
+        self._replicas_here: dict[int, int] = {}  # by owner whose replicas this rank keeps: bytes of one
         form = checkpoint_format(checkpoint.ckpt_format)
         self.drain = Drain(
             start,
@@ -180,8 +185,7 @@ class Saving:
     @property
     def _capacity(self) -> int:
         interval = self._checkpoint.non_persistent_save_interval
-        arenas = arenas_per_rank(self._resiliency.keep_last, interval, self._file_is_arena)
-        return arenas if self._file_is_arena else max(arenas, 2)
+        return arenas_per_rank(self._resiliency.keep_last, interval, self._file_is_arena)
 
     def waits_for_others(self, due: Due) -> bool:
         """Whether the training thread would wait for other ranks inside such a save. Equal on all ranks."""
@@ -215,6 +219,7 @@ class Saving:
                 problem = str(error)
         stall_s = self._clock.now() - began
         self._hand_over(save, wish, snapshot, problem)
+        self._reserve()
         report = self._finish_take(save, wish, stall_s, snapshot, problem, began)
         tiers = list(report.tiers)
         self.tell(
@@ -274,6 +279,17 @@ class Saving:
             keeper.pin(arena)
         return Snapshot(arena, collected, SaveJob(save, arena, sample, self._planner.split, healthy))
 
+    def _reserve(self) -> None:
+        """Have the buffers of all saves to come made in the background: the training thread's own first."""
+        layout, job, reservation = self._planner.layout, self._start.job, self.reservation
+        if layout is None or reservation is None:
+            return
+        slots = self._capacity if self._file_is_arena else 1
+        wanted = [Buffers(job.rank, layout.nbytes, self._capacity)]
+        wanted += [Buffers(owner, nbytes, slots) for owner, nbytes in self._replicas_here.items()]
+        reservation.want(wanted)
+        reservation.go_on()
+
     def _hand_over(self, save: SaveId, wish: Wish, snapshot: Snapshot | None, problem: str) -> None:
         if wish.on_nodes and self.replicas is not None:
             job = (
@@ -327,7 +343,13 @@ class Saving:
         local, held = start.job.node_ranks, start.topology.held()
         own = [sizes[rank] for rank in local]
         replicas = [sizes[owner] for rank in local for owner in held[rank]]
-        there = sum(sum(held.nbytes) for held in keeper.store.inventory().node_saves)
+        present = keeper.store.inventory().node_saves
+        there = sum(sum(held.nbytes) for held in present)
+        if self.keeps_on_nodes:
+            self._replicas_here = {owner: sizes[owner] for owner in held[start.job.rank]}
+        if self.reservation is not None:
+            leftovers = {each.save for each in present} - {*self._kept}
+            self.reservation.hold_back(any(save.attempt != self._log.attempt for save in leftovers))
         total = budget(
             own_bytes=own,
             replica_bytes=replicas,
@@ -379,6 +401,8 @@ class Saving:
     def certify(self, change: Change) -> None:
         """Every rank has committed: certificate, attempt log; then what earlier attempts left may go."""
         self._log = replace(self._log, completed=max(self._log.completed or change.save, change.save))
+        if self.reservation is not None and change.what in ("protected", "unprotected"):
+            self.reservation.hold_back(False)  # what earlier attempts left goes now
         self._tidy.submit(f"certify {change.save.iteration}", lambda: self._certify(change))
 
     def _certify(self, change: Change) -> None:
@@ -412,8 +436,13 @@ class Saving:
 
         self._tidy.submit(f"delete {save.iteration}", remove)
 
+    @property
+    def _lanes(self) -> tuple[Lane, ...]:
+        ahead = () if self.reservation is None else (self.reservation.lane,)
+        return (self._protect, self.drain.lane, self._tidy, *ahead)
+
     def wait_idle(self, bound_s: float) -> None:
-        for lane in (self._protect, self.drain.lane, self._tidy):
+        for lane in self._lanes:
             lane.wait(bound_s)
 
     def end(self, outcome: Literal["finished", "stopped", "failed"], iteration: int) -> None:
@@ -439,6 +468,9 @@ class Saving:
 
     def free_node_memory(self) -> None:
         """The run finished and its last persistent save is committed: its copies on this node go."""
+        if self.reservation is not None:
+            self.reservation.stop()
+            self.reservation.lane.wait(_CLOSE_BOUND_S)
         if self._start.keeper is not None:
             self._start.keeper.close()
         self._start.setup.barrier()
@@ -449,7 +481,9 @@ class Saving:
     def close(self, *, failed: bool) -> bool:
         """End lanes and groups within a bound; committed copies stay. False if a lane is stuck."""
         self.exit_status = self.exit_status or int(failed)
-        lanes = (self._protect, self.drain.lane, self._tidy)
+        lanes = self._lanes
+        if self.reservation is not None:
+            self.reservation.stop()
         bound_s = _FAILED_CLOSE_BOUND_S if failed else _CLOSE_BOUND_S
         for lane in lanes:
             lane.close(bound_s, drop=failed)
@@ -467,7 +501,9 @@ class Saving:
 
     def _at_exit(self) -> None:
         """A thread is still in a transfer, or nobody called `close`: leaving would abort the process, so leave hard."""
-        lanes = (self._protect, self.drain.lane, self._tidy)
+        if self.reservation is not None:
+            self.reservation.stop()
+        lanes = self._lanes
         if not all(lane.close(_FAILED_CLOSE_BOUND_S, drop=True) for lane in lanes):
             sys.stdout.flush()
             sys.stderr.flush()

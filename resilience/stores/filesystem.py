@@ -14,19 +14,19 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from resilience.errors import CorruptCopyError, StoreError, UnsafePathError
+from resilience.stores import pages
 
 __all__ = ["FileStat", "FileSystem", "MappedFile", "PosixFileSystem"]
 
 #: Prefix of every file or folder that is not yet what its name will say; swept by the owner's next start.
 TEMPORARY_PREFIX = ".tmp-"
 
-_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 _RECORD_LIMIT = 1 << 20
 _MAKE_DIR_ATTEMPTS = 100
 _counter = itertools.count()
@@ -76,7 +76,7 @@ class FileSystem(Protocol):
     def stat(self, path: Path) -> FileStat | None: ...
     def read(self, path: Path, limit: int = _RECORD_LIMIT) -> bytes: ...
     def write_atomic(self, path: Path, content: bytes, *, durable: bool = True) -> None: ...
-    def create_mapping(self, path: Path, nbytes: int) -> MappedFile: ...
+    def create_mapping(self, path: Path, nbytes: int, wanted: Callable[[], bool] = pages.always) -> MappedFile: ...
     def open_mapping(self, path: Path, *, writable: bool = False, populate: bool = False) -> MappedFile: ...
     def write_file(self, path: Path, chunks: Iterator[memoryview]) -> None: ...
     def rename(self, source: Path, target: Path) -> None: ...
@@ -84,7 +84,6 @@ class FileSystem(Protocol):
     def remove_dir(self, path: Path) -> bool: ...
     def remove_tree(self, path: Path) -> None: ...
     def fsync_dir(self, path: Path) -> None: ...
-    def fsync_file(self, path: Path) -> None: ...
     def is_memory_backed(self, path: Path) -> bool: ...
     def free_bytes(self, path: Path) -> int: ...
     def is_network(self, path: Path) -> bool: ...
@@ -171,16 +170,19 @@ class PosixFileSystem:
                 _unlink_quietly(beside)
             raise _store_error("cannot write", path, error) from error
 
-    def create_mapping(self, path: Path, nbytes: int) -> MappedFile:
-        """A new file of `nbytes`, reserved, mapped and pre-faulted. Nothing is left behind when it fails."""
+    def create_mapping(self, path: Path, nbytes: int, wanted: Callable[[], bool] = pages.always) -> MappedFile:
+        """A new file of `nbytes`, reserved, mapped and pre-faulted. Nothing is left behind when it fails.
+
+        `wanted` is asked every now and then; once it says no, that is a StoreError (ECANCELED).
+        """
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _store_error("cannot create", path, error) from error
         try:
-            os.posix_fallocate(fd, 0, nbytes)
+            pages.reserve(fd, nbytes, wanted)
             mapping = mmap.mmap(fd, nbytes)
-            _populate(mapping, nbytes)
+            pages.populate(mapping, nbytes, wanted=wanted)
         except OSError as error:
             _unlink_quietly(path)
             raise _store_error(f"cannot reserve {nbytes} bytes for", path, error) from error
@@ -200,10 +202,10 @@ class PosixFileSystem:
             flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
             try:
                 if writable:  # a sparse file would be SIGBUS on a full mount
-                    os.posix_fallocate(fd, 0, nbytes)
+                    pages.reserve(fd, nbytes, pages.always)
                 mapping = mmap.mmap(fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
                 if populate:
-                    _populate(mapping, nbytes, writable=writable)
+                    pages.populate(mapping, nbytes, writable=writable)
                 return MappedFile(path, mapping, nbytes)
             except OSError as error:
                 raise _store_error("cannot map", path, error) from error
@@ -262,10 +264,14 @@ class PosixFileSystem:
             raise _store_error("cannot remove", path, error) from error
 
     def fsync_dir(self, path: Path) -> None:
-        self._fsync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-    def fsync_file(self, path: Path) -> None:
-        self._fsync(path, os.O_RDONLY)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise _store_error("cannot make durable", path, error) from error
 
     def is_memory_backed(self, path: Path) -> bool:
         """Whether `path` (or its nearest existing parent) lies on tmpfs or ramfs."""
@@ -278,16 +284,6 @@ class PosixFileSystem:
         """Bytes that an unprivileged process may still write below `path`."""
         found = os.statvfs(_existing(path))
         return found.f_bavail * found.f_frsize
-
-    def _fsync(self, path: Path, flags: int) -> None:
-        try:
-            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise _store_error("cannot make durable", path, error) from error
 
     def _open(self, path: Path, flags: int = os.O_RDONLY) -> _Descriptor:
         try:
@@ -326,6 +322,11 @@ def _store_error(what: str, path: Path, error: OSError) -> StoreError:
     return raised
 
 
+def no_space(what: str, path: Path) -> StoreError:
+    """For a caller that does not even try."""
+    return _store_error(what, path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
 def _read_all(fd: int, nbytes: int, path: Path) -> bytes:
     parts: list[bytes] = []
     while nbytes > 0:
@@ -357,17 +358,6 @@ def _unlink_quietly(path: Path) -> None:
         os.unlink(path)
     except OSError:
         return
-
-
-def _populate(mapping: mmap.mmap, nbytes: int, *, writable: bool = True) -> None:
-    """Fault all pages in now: a snapshot then costs what a memory copy costs, a load does not stop at each page."""
-    try:
-        mapping.madvise(_MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ)
-    except (OSError, ValueError):  # an older kernel: touch one byte of each page
-        for start in range(0, nbytes, mmap.PAGESIZE):
-            byte = mapping[start]
-            if writable:
-                mapping[start] = byte
 
 
 def _existing(path: Path) -> Path:

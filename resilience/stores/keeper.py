@@ -16,11 +16,15 @@ from pathlib import Path
 from resilience.errors import ResilienceError, SaveFailedError, StoreError
 from resilience.planning.inventory import Role, SaveId
 from resilience.snapshot.arena import Arena
-from resilience.stores.filesystem import FileSystem
+from resilience.stores.filesystem import FileSystem, no_space
 from resilience.stores.node_store import NodeStore
+from resilience.stores.pages import always
 from resilience.stores.records import ShardRecord
 
 __all__ = ["ShardKeeper"]
+
+_MAKING_BOUND_S = 60.0  # for a buffer that is being made: then one more is made
+_ROOM_FOR_RECORDS = 1 << 20  # what a reservation leaves on the mount
 
 
 class ShardKeeper:
@@ -37,7 +41,9 @@ class ShardKeeper:
         self._now = now
         self.file_is_arena = store.memory_backed
         self._changed = threading.Condition()
-        self._free: dict[int, list[Arena]] = {}  # by the owner whose shards they have held
+        self._buffers: dict[int, set[Arena]] = {}  # all that are mapped, by the owner whose shards they have held
+        self._free: dict[int, list[Arena]] = {}  # those of them that wait for the next shard
+        self._making: dict[int, int] = {}  # how many more are being made
         self._pins: dict[int, int] = {}  # readers of an arena, by id
         self._held: dict[tuple[SaveId, int], Arena | None] = {}  # committed copies; None: bytes not mapped here
         self._names = itertools.count()
@@ -45,7 +51,8 @@ class ShardKeeper:
     # -- buffers ------------------------------------------------------------------------------------------------------
 
     def take_arena(self, nbytes: int, capacity: int, bound_s: float, *, held_count: bool = True) -> Arena:
-        """An arena for this rank's next snapshot, pinned once. Waits for a recycled one when `capacity` are in use.
+        """An arena for this rank's next snapshot, pinned once. Waits for a recycled one when `capacity` are in use, and
+        for one that is being made.
 
         `held_count`: whether copies that are kept count among them where the file is the arena. Not if saves no longer
         go to the node: what an earlier attempt left there would keep all arenas for ever.
@@ -54,32 +61,87 @@ class ShardKeeper:
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._available(nbytes, capacity, held_count), timeout=bound_s):
-                raise SaveFailedError(f"no arena became free within {bound_s:g} s: {capacity} are in use.")
+                made = ", 1 is being made" if self._making.get(self.rank) else ""
+                raise SaveFailedError(f"no arena became free within {bound_s:g} s: {capacity} are in use{made}.")
         arena = self.slot(self.rank, nbytes)
         self.pin(arena)
         return arena
 
     def slot(self, owner: int, nbytes: int) -> Arena:
-        """A buffer of exactly `nbytes` for `owner`'s shard: a warm one if there is one of that size."""
+        """A buffer of exactly `nbytes` for `owner`'s shard: a warm one if there is one of that size, or about to be."""
         with self._changed:
-            free = self._free.setdefault(owner, [])
-            fitting = [arena for arena in free if arena.nbytes == nbytes]
+            self._changed.wait_for(
+                lambda: not self._making.get(owner) or self._fitting(owner, nbytes), timeout=_MAKING_BOUND_S
+            )
+            fitting = self._fitting(owner, nbytes)
             if fitting:
-                free.remove(fitting[0])
+                self._free[owner].remove(fitting[0])
                 return fitting[0]
-            stale, self._free[owner] = free, []
-        for arena in stale:  # another layout: its memory goes back before new memory is asked for
-            self._drop(arena)
-        name = f"rank_{self.rank:05d}-for_{owner:05d}-{next(self._names)}.arena"
-        self._fs.unlink(self.arena_dir / name)
-        return Arena(self._fs.create_mapping(self.arena_dir / name, nbytes))
+            stale = self._begin_making(owner, nbytes)
+        return self._make(owner, nbytes, stale, always, ahead=False)
+
+    def reserve(self, owner: int, nbytes: int, total: int, wanted: Callable[[], bool]) -> bool:
+        """Make one more warm buffer for `owner`'s shards of `nbytes`, unless there are `total`; whether it did.
+
+        For a lane, ahead of the saves that will need it. StoreError if there is no room, and where it would leave none
+        for records; ECANCELED once `wanted()` says no.
+        """
+        with self._changed:
+            there = self._buffers.get(owner, set()) - set(self._stale(owner, nbytes))
+            unmapped = sum(1 for key, held in self._held.items() if key[1] == owner and held is None)
+            count = len(there) + self._making.get(owner, 0) + (unmapped if self.file_is_arena else 0)
+            if count >= total or not wanted():
+                return False
+            stale = self._begin_making(owner, nbytes)
+        self._make(owner, nbytes, stale, wanted, ahead=True)
+        return True
+
+    def _begin_making(self, owner: int, nbytes: int) -> list[Arena]:
+        """Under the lock. Returns free buffers of another layout: their memory goes back before new is asked for."""
+        self._making[owner] = self._making.get(owner, 0) + 1
+        stale = self._stale(owner, nbytes)
+        self._free[owner] = self._fitting(owner, nbytes)
+        return stale
+
+    def _make(
+        self, owner: int, nbytes: int, stale: Sequence[Arena], wanted: Callable[[], bool], *, ahead: bool
+    ) -> Arena:
+        """`ahead`: it is nobody's yet, and free in the same moment in which it is no longer in the making."""
+        made: Arena | None = None
+        try:
+            for arena in stale:
+                self._drop(owner, arena)
+            if ahead and self._fs.free_bytes(self.arena_dir) < nbytes + _ROOM_FOR_RECORDS:
+                raise no_space(f"reserving {nbytes} bytes would fill up", self.arena_dir)
+            path = self._new_path(owner)
+            self._fs.unlink(path)
+            made = Arena(self._fs.create_mapping(path, nbytes, wanted))
+            return made
+        finally:
+            with self._changed:
+                self._making[owner] -= 1
+                if made is not None:
+                    self._buffers.setdefault(owner, set()).add(made)
+                    self._free.setdefault(owner, []).extend([made] if ahead else [])
+                self._changed.notify_all()
+
+    def _new_path(self, owner: int) -> Path:
+        return self.arena_dir / f"rank_{self.rank:05d}-for_{owner:05d}-{next(self._names)}.arena"
+
+    def _fitting(self, owner: int, nbytes: int) -> list[Arena]:
+        return [arena for arena in self._free.get(owner, ()) if arena.nbytes == nbytes]
+
+    def _stale(self, owner: int, nbytes: int) -> list[Arena]:
+        return [arena for arena in self._free.get(owner, ()) if arena.nbytes != nbytes]
 
     def discard(self, owner: int, slot: Arena, *, reusable: bool) -> None:
         """A received shard is of no use. One that a broken link may still write into is never used again."""
         if reusable:
             self._give_back(owner, slot)
-        else:
-            self._fs.unlink(slot.mapped.path)
+            return
+        with self._changed:
+            self._forget(owner, slot)
+        self._fs.unlink(slot.mapped.path)
 
     def pin(self, arena: Arena) -> None:
         """One more reader of `arena`."""
@@ -99,9 +161,10 @@ class ShardKeeper:
             self._changed.notify_all()
 
     def _available(self, nbytes: int, capacity: int, held_count: bool) -> bool:
-        free = self._free.get(self.rank, [])
-        if any(arena.nbytes == nbytes for arena in free):
+        if self._fitting(self.rank, nbytes):
             return True
+        if self._making.get(self.rank):
+            return False
         own = sum(1 for _, owner in self._held if owner == self.rank) if self.file_is_arena and held_count else 0
         busy = sum(1 for key in self._pins if not any(id(held) == key for held in self._held.values()))
         return own + busy < capacity
@@ -111,9 +174,14 @@ class ShardKeeper:
             self._free.setdefault(owner, []).append(arena)
             self._changed.notify_all()
 
-    def _drop(self, arena: Arena) -> None:
+    def _drop(self, owner: int, arena: Arena) -> None:
+        with self._changed:
+            self._forget(owner, arena)
         arena.close()
         self._fs.unlink(arena.mapped.path)
+
+    def _forget(self, owner: int, arena: Arena) -> None:
+        self._buffers.get(owner, set()).discard(arena)
 
     # -- copies -------------------------------------------------------------------------------------------------------
 
@@ -159,7 +227,9 @@ class ShardKeeper:
         if arena is None:
             arena = Arena(self._fs.open_mapping(self.store.shard_path(save, owner, self._world_size), writable=True))
             if self.file_is_arena:
-                self._held[(save, owner)] = arena
+                with self._changed:
+                    self._held[(save, owner)] = arena
+                    self._buffers.setdefault(owner, set()).add(arena)
         return arena
 
     def delete(self, save: SaveId) -> None:
@@ -191,12 +261,14 @@ class ShardKeeper:
         finally:
             with self._changed:
                 arena = self._held.pop((save, owner), None)
+                if arena is not None:
+                    self._forget(owner, arena)
                 spare = self._free.pop(owner, [])  # where the file is on a disk, the buffer it came through
                 self._changed.notify_all()
             if arena is not None:
                 arena.close()
         for buffer in spare:
-            self._drop(buffer)
+            self._drop(owner, buffer)
 
     def keep_only(self, saves: Collection[SaveId]) -> None:
         """At a start, once it is known which saves are kept: copies fetched of others, in a round of the election that
@@ -212,7 +284,7 @@ class ShardKeeper:
         Until then the copy stays held, so that `unpin` leaves its arena alone: one of the two frees it, never both.
         """
         owner = key[1]
-        target = self.arena_dir / f"rank_{self.rank:05d}-for_{owner:05d}-{next(self._names)}.arena"
+        target = self._new_path(owner)
         fresh: Arena | None = None
         try:
             self._fs.rename(path, target)
@@ -227,6 +299,7 @@ class ShardKeeper:
             if arena is None:
                 raise ValueError("a copy lost its mapping while it was deleted")
             arena.mapped.path = target
+            self._buffers.setdefault(owner, set()).add(arena)
             if id(arena) not in self._pins:  # else it is being read (drained), and `unpin` frees it
                 self._free.setdefault(owner, []).append(arena)
             self._changed.notify_all()
@@ -238,8 +311,9 @@ class ShardKeeper:
         with self._changed:
             free, self._free = self._free, {}
             held, self._held = self._held, {}
-        for arena in itertools.chain.from_iterable(free.values()):
-            self._drop(arena)
+        for owner, arenas in free.items():
+            for arena in arenas:
+                self._drop(owner, arena)
         for kept in held.values():
             if kept is not None:
                 kept.close()

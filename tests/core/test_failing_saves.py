@@ -32,9 +32,9 @@ class FullMount(PosixFileSystem):
             refused.errno = errno.ENOSPC
             raise refused
 
-    def create_mapping(self, path: Path, nbytes: int) -> MappedFile:
+    def create_mapping(self, path: Path, nbytes: int, *options: Any, **named: Any) -> MappedFile:
         self._refuse(path)
-        return super().create_mapping(path, nbytes)
+        return super().create_mapping(path, nbytes, *options, **named)
 
     def write_file(self, path: Path, chunks: Iterator[memoryview]) -> None:
         self._refuse(path)

@@ -79,7 +79,7 @@ def test_without_room_for_what_must_be_fetched_all_ranks_hear_why(world: World) 
 
 
 class NoRoom(PosixFileSystem):
-    def create_mapping(self, path: Path, nbytes: int) -> MappedFile:
+    def create_mapping(self, path: Path, nbytes: int, *options: Any, **named: Any) -> MappedFile:
         refused = StoreError(f"cannot reserve {nbytes} bytes for {path}: no space is left.")
         refused.errno = errno.ENOSPC
         raise refused

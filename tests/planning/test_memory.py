@@ -28,7 +28,7 @@ def test_arenas_are_those_kept_and_one_in_work_and_one_more_for_short_intervals(
     assert [arenas_per_rank(keep, 50, True) for keep in (1, 2, 3)] == [3, 3, 4]
     assert arenas_per_rank(2, 3, True) == 4
     assert arenas_per_rank(2, 4, True) == 3
-    assert [arenas_per_rank(2, interval, False) for interval in (50, 3)] == [1, 2]
+    assert [arenas_per_rank(2, interval, False) for interval in (50, 3)] == [2, 2]
 
 
 def test_arenas_and_slots_are_counted_for_every_copy_where_the_file_is_the_arena() -> None:
@@ -36,9 +36,9 @@ def test_arenas_and_slots_are_counted_for_every_copy_where_the_file_is_the_arena
     assert dict(made.needs) == {"memory": 12 * GIB + GIB // 4, "shared_memory": 12 * GIB, "disk": 0}
 
 
-def test_on_a_disk_memory_holds_one_arena_and_the_disk_the_copies() -> None:
+def test_on_a_disk_memory_holds_two_arenas_and_the_disk_the_copies() -> None:
     made = node(file_is_arena=False)
-    assert dict(made.needs) == {"memory": 2 * GIB + GIB // 4, "shared_memory": 2 * GIB, "disk": 12 * GIB}
+    assert dict(made.needs) == {"memory": 4 * GIB + GIB // 4, "shared_memory": 4 * GIB, "disk": 12 * GIB}
 
 
 def test_files_of_this_run_that_lie_there_already_are_recycled_and_cost_nothing_more() -> None:

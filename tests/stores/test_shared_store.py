@@ -154,7 +154,7 @@ class Crash(BaseException):
 class CrashingFileSystem(PosixFileSystem):
     """Dies before, or half-way through, the n-th call that changes something, and at every call after it."""
 
-    CHANGES = ("make_dir", "write_atomic", "write_file", "rename", "unlink", "remove_tree", "fsync_dir", "fsync_file")
+    CHANGES = ("make_dir", "write_atomic", "write_file", "rename", "unlink", "remove_tree", "fsync_dir")
 
     def __init__(self, crash_at: int, after: bool, error: Callable[[], BaseException]) -> None:
         self.left = crash_at

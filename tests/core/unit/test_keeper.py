@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from resilience.errors import SaveFailedError, StoreError
 from resilience.planning.inventory import SaveId
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import digest_of
-from resilience.stores.filesystem import PosixFileSystem
+from resilience.stores.filesystem import MappedFile, PosixFileSystem
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import NodeStore
+from resilience.stores.pages import always
 from tests.core.shards import ATTEMPT, SAVE
 
 SIZE = 4096
@@ -221,3 +223,134 @@ def test_commits_and_deletions_in_two_threads_do_not_disturb_each_other(keeper: 
     thread.join()
     assert problems == []
     assert keeper.store.inventory().node_saves == ()
+
+
+class Gate(NoRecords):
+    """A mount that makes its files when it is told to. Counts what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.made: list[Path] = []
+
+    def create_mapping(self, path: Path, nbytes: int, wanted: Callable[[], bool] = always) -> MappedFile:
+        self.made.append(path)
+        path.touch()
+        self.asked.release()
+        assert self.open.wait(30)
+        path.unlink()
+        return super().create_mapping(path, nbytes, wanted)
+
+
+@pytest.fixture
+def gated(memory_mount: Path) -> Iterator[tuple[ShardKeeper, Gate]]:
+    fs = Gate()
+    store = NodeStore(memory_mount, "run", "a", "local", fs)
+    store.prepare()
+    keeper = ShardKeeper(store, store.arenas, fs, 0, 2, lambda: 1.5)
+    yield keeper, fs
+    fs.open.set()
+    keeper.close()
+
+
+def test_what_is_in_use_and_what_is_kept_counts_when_buffers_are_made_ahead(keeper: ShardKeeper) -> None:
+    commit(keeper, 5)  # kept in its arena in memory; on a disk the arena is free again
+    arena, _ = take(keeper)
+    while keeper.reserve(0, SIZE, 4, always):
+        pass
+    buffers = len(list(keeper.arena_dir.iterdir())) + len(list(keeper.store.root.glob("iter_*"))) * keeper.file_is_arena
+    assert buffers == 4
+    others = [keeper.take_arena(SIZE, 4, 1.0) for _ in range(2)]
+    assert len({id(arena), *map(id, others)}) == 3
+    assert len(list(keeper.arena_dir.iterdir())) == 4 - keeper.file_is_arena, "none was made for them"
+    for each in (arena, *others):
+        keeper.unpin(each)
+
+
+def test_copies_of_an_earlier_attempt_count_as_the_buffers_they_will_be(memory_mount: Path) -> None:
+    store = NodeStore(memory_mount, "run", "a", "local", PosixFileSystem())
+    store.prepare()
+    first = ShardKeeper(store, store.arenas, store.fs, 0, 2, lambda: 1.5)
+    commit(first, 5)
+    again = ShardKeeper(store, store.arenas, store.fs, 0, 2, lambda: 1.5)
+    again.adopt(save_at(5), [0])
+    assert [again.reserve(0, SIZE, 3, always) for _ in range(3)] == [True, True, False]
+    again.delete(save_at(5))
+    assert len({id(again.take_arena(SIZE, 3, 1.0)) for _ in range(3)}) == 3
+    again.close()
+
+
+def test_buffers_of_another_size_go_before_new_ones_are_made_ahead(keeper: ShardKeeper) -> None:
+    while keeper.reserve(0, SIZE, 3, always):
+        pass
+    while keeper.reserve(0, 2 * SIZE, 3, always):
+        pass
+    assert [path.stat().st_size for path in keeper.arena_dir.iterdir()] == [2 * SIZE] * 3
+
+
+def test_a_save_waits_for_the_arena_that_is_being_made_instead_of_making_one_more(
+    gated: tuple[ShardKeeper, Gate],
+) -> None:
+    keeper, fs = gated
+    taken: list[Arena] = []
+    lane = threading.Thread(target=lambda: keeper.reserve(0, SIZE, 3, always))
+    lane.start()
+    assert fs.asked.acquire(timeout=30)
+    save = threading.Thread(target=lambda: taken.append(keeper.take_arena(SIZE, 3, 30.0)))
+    save.start()
+    save.join(0.2)
+    assert not taken
+    fs.open.set()
+    save.join(30)
+    lane.join(30)
+    assert [arena.mapped.path for arena in taken] == fs.made, "one was made, and that one was taken"
+    keeper.unpin(taken[0])
+
+
+def test_a_save_that_waits_in_vain_for_its_arena_says_so(gated: tuple[ShardKeeper, Gate]) -> None:
+    keeper, fs = gated
+    lane = threading.Thread(target=lambda: keeper.reserve(0, SIZE, 3, always))
+    lane.start()
+    assert fs.asked.acquire(timeout=30)
+    with pytest.raises(SaveFailedError, match="1 is being made"):
+        keeper.take_arena(SIZE, 3, 0.1)
+    fs.open.set()
+    lane.join(30)
+
+
+def test_a_reservation_that_is_no_longer_wanted_leaves_nothing(gated: tuple[ShardKeeper, Gate]) -> None:
+    keeper, fs = gated
+    wanted = threading.Event()
+    wanted.set()
+    problems: list[OSError] = []
+
+    def reserve() -> None:
+        try:
+            keeper.reserve(0, SIZE, 3, wanted.is_set)
+        except OSError as error:
+            problems.append(error)
+
+    lane = threading.Thread(target=reserve)
+    lane.start()
+    assert fs.asked.acquire(timeout=30)
+    wanted.clear()
+    fs.open.set()
+    lane.join(30)
+    assert [error.errno for error in problems] == [errno.ECANCELED]
+    assert list(keeper.arena_dir.iterdir()) == []
+    assert not keeper.reserve(0, SIZE, 3, wanted.is_set)
+
+
+def test_nothing_is_made_ahead_where_no_room_would_be_left_for_records(memory_mount: Path) -> None:
+    class Small(PosixFileSystem):
+        def free_bytes(self, path: Path) -> int:
+            return SIZE + 100
+
+    store = NodeStore(memory_mount, "run", "a", "local", Small())
+    store.prepare()
+    keeper = ShardKeeper(store, store.arenas, store.fs, 0, 2, lambda: 1.5)
+    with pytest.raises(StoreError, match="would fill up") as raised:
+        keeper.reserve(0, SIZE, 3, always)
+    assert raised.value.errno == errno.ENOSPC
+    keeper.unpin(keeper.take_arena(SIZE, 3, 1.0))
+    keeper.close()

@@ -25,7 +25,7 @@ SIZE = 4096
 FS = PosixFileSystem()
 CHANGES = (
     "make_dir", "write_atomic", "create_mapping", "write_file", "rename", "unlink", "remove_dir", "remove_tree",
-    "fsync_dir", "fsync_file",
+    "fsync_dir",
 )  # fmt: skip
 
 
