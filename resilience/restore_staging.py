@@ -24,9 +24,10 @@ from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_mi
 from resilience.planning.decision import Candidate
 from resilience.replication.communicator import Agreements, SoloAgreements
 from resilience.reports import Resume
-from resilience.state.items import Item, SavedItem
+from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.load_plan import LoadPlan
 from resilience.state.reconcile import reconcile
+from resilience.state.sharding import block_key, without_block
 from resilience.state.training_state import PARTS, TrainingState
 from resilience.state.tree import encode, path_component
 from resilience.stores.filesystem import FileSystem
@@ -139,14 +140,15 @@ class Stager:
             fitted = reconcile(own.values, here, convert="optimizer" not in parts)
             values, from_live, added = fitted.values, fitted.from_live, fitted.added
         index = self._index(own, live, state, from_live)
-        lacking = added - index.keys()
-        from_base = self._look_in_base(lacking & live.keys(), index, live)
+        held = set(map(without_block, index))
+        lacking = added - held
+        from_base = self._look_in_base(lacking, index, live)
         initial = lacking - from_base
         unexpected = initial - self._adapters(initial, state)
-        index |= {key: SavedItem.of(live[key]) for key in initial & live.keys()}
+        index |= {key: SavedItem.of(item) for key, item in live.items() if without_block(key) in initial}
         plan = state.plan_load(values, index, parts)
         staged, targets, base_targets = _staging(plan, index, own, live, from_base, initial)
-        asked = {key for key, _ in plan.targets} | live.keys()
+        asked = {without_block(key) for key in (*(key for key, _ in plan.targets), *live)}
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
 
     def _parts(self) -> tuple[str, ...]:
@@ -190,11 +192,14 @@ class Stager:
         self, own: RankState, live: Mapping[str, Item], state: TrainingState, from_live: frozenset[str]
     ) -> dict[str, SavedItem]:
         """What the checkpoint holds for this rank, under the dtype that the tree says it has."""
-        index = {key: _saved(key, tensor.dtype, tuple(tensor.shape), None) for key, tensor in own.tensors.items()}
+        index: dict[str, SavedItem] = {}
         for key, stored in self._reader.index.items():
-            index.setdefault(key, _saved(key, stored.dtype, stored.global_shape, _live_like(key, live, state)))
+            if key not in own.tensors:
+                index |= _saved(key, stored.dtype, stored.global_shape, _live_like(key, live, state))
+        for key, tensor in own.tensors.items():
+            index |= _saved(key, tensor.dtype, tuple(tensor.shape), ())
         for key, item in live.items():
-            if key in index and key in from_live:
+            if key in index and without_block(key) in from_live:
                 index[key] = replace(index[key], dtype=item.tensor.dtype)
             root = item.alias_of
             if root is not None and key in index and root in index:
@@ -214,19 +219,15 @@ class Stager:
             return frozenset()
         found = frozenset(lacking) & self._base.index.keys()
         for key in found:
-            index[key] = _saved(key, live[key].tensor.dtype, self._base.index[key].global_shape, live[key])
+            blocks = blocks_of(key, live)
+            index |= _saved(key, blocks[0].tensor.dtype, self._base.index[key].global_shape, blocks)
         return found
 
     def _adapters(self, lacking: Collection[str], state: TrainingState) -> frozenset[str]:
         """What a pretrained checkpoint may lack: trained parts of a model of which others are frozen."""
         if not self._chosen.weights_only or not lacking:
             return frozenset()
-        frozen = {
-            f"{MODEL_PREFIX}{model.position}/{path_component(name)}"
-            for model in state.models
-            for name, parameter in model.parameters()
-            if not parameter.requires_grad
-        }
+        frozen = state.frozen_keys()
         if not frozen or frozen & set(lacking):
             return frozenset()
         what = f"{self._reader.folder} lacks {len(lacking)} entries of the model, which begin with their initial values"
@@ -309,9 +310,12 @@ class Stager:
                 reader = self._reader if key in self._reader.index else self._base
                 if reader is None or key not in reader.index:
                     continue
-                out = torch.empty(live[key].tensor.shape, dtype=reader.index[key].dtype)
-                reader.read([Target(key, out, live[key].offsets, live[key].global_shape)])
-                stored[name] = out
+                pieces = [
+                    Target(key, torch.empty(item.tensor.shape, dtype=reader.index[key].dtype), item.offsets)
+                    for item in blocks_of(key, live)
+                ]
+                reader.read(pieces)
+                stored[name] = torch.cat([each.out for each in pieces]) if len(pieces) > 1 else pieces[0].out
             chunks["model" if len(state.models) == 1 else f"model{model.position}"] = stored
         return chunks
 
@@ -350,13 +354,14 @@ def _staging(
     targets: list[Target] = []
     base_targets: list[Target] = []
     for key, tensor in plan.targets:
-        if key in initial or key in own.tensors:
-            staged.append(live[key].tensor if key in initial else own.tensors[key])
+        whole = without_block(key)
+        if whole in initial or key in own.tensors:
+            staged.append(live[key].tensor if whole in initial else own.tensors[key])
             continue
         out = torch.empty(tensor.shape, dtype=tensor.dtype)
         staged.append(out)
-        chosen = base_targets if key in from_base else targets
-        chosen.append(Target(key, out, index[key].offsets, index[key].global_shape))
+        chosen = base_targets if whole in from_base else targets
+        chosen.append(Target(whole, out, index[key].offsets, index[key].global_shape))
     return staged, targets, base_targets
 
 
@@ -379,16 +384,20 @@ def _few(keys: Collection[str]) -> str:
     return f"{shown} and {len(keys) - 10} more" if len(keys) > 10 else shown
 
 
-def _saved(key: str, dtype: torch.dtype, shape: tuple[int, ...], live: Item | None) -> SavedItem:
-    """A whole tensor, or the part of it that the live DTensor has on this rank."""
-    if live is None or live.global_shape != shape:
-        return SavedItem(key, dtype, shape, (0,) * len(shape), shape)
-    return SavedItem(key, dtype, shape, live.offsets, tuple(live.tensor.shape))
+def _saved(key: str, dtype: torch.dtype, shape: tuple[int, ...], live: Sequence[Item]) -> dict[str, SavedItem]:
+    """A whole tensor, or the parts of it that the live one has on this rank."""
+    if not live or live[0].global_shape != shape:
+        return {key: SavedItem(key, dtype, shape, (0,) * len(shape), shape)}
+    names = [key] if len(live) == 1 else [block_key(key, number) for number in range(len(live))]
+    return {
+        name: SavedItem(name, dtype, shape, item.offsets, tuple(item.tensor.shape))
+        for name, item in zip(names, live, strict=True)
+    }
 
 
-def _live_like(key: str, items: Mapping[str, Item], state: TrainingState) -> Item | None:
-    """The live tensor itself, or the parameter whose optimizer state this is (it is sharded alike)."""
+def _live_like(key: str, items: Mapping[str, Item], state: TrainingState) -> Sequence[Item]:
+    """The live tensor itself, or the parameter whose optimizer state this is (it is cut alike), block by block."""
     parts = key.split("/")
     if parts[0] == "optimizer" and len(parts) >= 4 and parts[2] == "state":
-        return items.get(state.model_key(parts[3]))
-    return items.get(key)
+        return blocks_of(state.model_key(parts[3]), items)
+    return blocks_of(key, items)

@@ -58,6 +58,11 @@ class ResiliencyConfig:
     keep_persistent: int | None = setting(
         None, "Complete persistent saves to keep; default: all.", unit="saves", limit=at_least(1)
     )
+    save_frozen: bool = setting(
+        True,
+        "Persistent checkpoints hold parameters that are not trained, too. `False` leaves them out (an adapter on a "
+        "frozen base): a restart takes them from `pretrained_checkpoint` again, which must stay.",
+    )
     keep_after_success: bool = setting(
         False, "Leave node memory in place when the run completes (without `save` it always stays)."
     )

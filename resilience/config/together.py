@@ -39,6 +39,14 @@ def validate_together(
                 advice="Set save, or leave save_interval out.",
             )
         )
+    if not resiliency.save_frozen and checkpoint.pretrained_checkpoint is None:
+        problems.append(
+            ConfigError(
+                "resiliency.save_frozen: given False, but there is no pretrained_checkpoint from which a restart could "
+                "take the parameters that are not saved.",
+                advice="Set pretrained_checkpoint, or leave save_frozen at True.",
+            )
+        )
     if checkpoint.replication and domains is not None:
         problems += _domain_problems(checkpoint, domains, world_size, ranks_per_node)
     if len(problems) == 1:
@@ -49,8 +57,6 @@ def validate_together(
 
 
 _WITHOUT_EFFECT = (
-    ("fully_parallel_save", True, "data-parallel ranks always share the writing"),
-    ("fully_parallel_load", False, "every rank reads for itself"),
     ("ckpt_assume_constant_structure", False, "the plan of a save is always checked"),
     ("dist_ckpt_optim_fully_reshardable", False, "there is no distributed optimizer"),
     ("distrib_optim_fully_reshardable_mem_efficient", False, "there is no distributed optimizer"),

@@ -10,18 +10,45 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resilience.errors import EvictedError, ResilienceError, SaveFailedError
+from resilience.formats.extras import Extras
 from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare, SaveMeta
 from resilience.planning.inventory import SaveId
 from resilience.planning.split import split_rows
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.layout import Layout
+from resilience.state.reconcile import without_entries, without_parts
+from resilience.state.sharding import without_block
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_store import SharedStore
 
-__all__ = ["DrainJob", "SharedSaver", "chunks_of"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DrainJob", "DrainTarget", "SharedSaver", "chunks_of", "share_of"]
+
+
+@dataclass(frozen=True)
+class DrainTarget:
+    """A directory that a save goes to. `keep`: how many checkpoints to keep there (None: all).
+
+    `leave_out`: parts of the state that the options exclude; `skip`: keys of the model that are not stored.
+    """
+
+    store: SharedStore
+    keep: int | None
+    meta: SaveMeta
+    leave_out: tuple[str, ...] = ()
+    skip: frozenset[str] = frozenset()
+    tokenizer: bool = False
+
+
+#: What a rank adds to its tensors, given the values that it saves, its tensors by key, and whether the tokenizer goes
+#: along. Called in the lane.
+MakeExtras = Callable[[bytes, Callable[[str], "torch.Tensor | None"], bool], Extras]
 
 
 @dataclass(frozen=True)
@@ -32,13 +59,13 @@ class DrainJob:
     arena: Arena | None
     values: bytes
     aliases: Mapping[str, str]
-    meta: SaveMeta
-    targets: tuple[tuple[SharedStore, int | None], ...]  # stores, and how many checkpoints to keep there (None: all)
+    targets: tuple[DrainTarget, ...]
+    make_extras: MakeExtras
     error: str = ""
-    leave_out: tuple[str, ...] = ()  # parts of the state that the options exclude
     split: bool = True
     part: int = 0  # this rank's place in its data-parallel group, and the group's size
     parts: int = 1
+    fully_parallel: bool = True  # the group shares the writing of what it shares; else the first one writes it
 
 
 class SharedSaver:
@@ -54,19 +81,18 @@ class SharedSaver:
 
         EvictedError on all ranks if a newer start of the run took the directory over: this job must end.
         """
-        problem, chunks = job.error, list[Chunk]()
-        if not problem and (job.arena is None or job.arena.layout is None):
-            problem = "the snapshot failed"
-        elif not problem and job.arena is not None and job.arena.layout is not None:
-            try:
-                chunks = chunks_of(job.arena, job.arena.layout, job)
-            except Exception as error:  # noqa: BLE001 - the others must not wait for a rank that is gone
-                problem = f"{type(error).__name__}: {error}"
-        self._agree(problem)
-        share = RankShare(chunks, job.values, job.aliases)
-        for store, keep in job.targets:
+        for target in job.targets:
+            store, keep = target.store, target.keep
+            problem, share = job.error, RankShare((), b"")
+            if not problem:
+                try:
+                    share = share_of(job, target)
+                except Exception as error:  # noqa: BLE001 - the others must not wait for a rank that is gone
+                    told = isinstance(error, ResilienceError)
+                    problem = str(error) if told else f"{type(error).__name__}: {error}"
+            self._agree(problem)
             folder = self._leader(lambda store=store: str(store.begin(job.save.iteration, job.save.attempt)))  # type: ignore[misc]
-            self._form.save(Path(folder), share, job.meta, self._group, self._fs)
+            self._form.save(Path(folder), share, target.meta, self._group, self._fs)
             self._leader(lambda store=store: _commit(store, job.save))  # type: ignore[misc]
             if keep is not None:
                 self._leader(lambda store=store, keep=keep: _prune(store, keep, abandoned()))  # type: ignore[misc]
@@ -92,32 +118,56 @@ class SharedSaver:
             raise SaveFailedError(problem or "another rank could not take its snapshot.")
 
 
-def chunks_of(arena: Arena, layout: Layout, job: DrainJob) -> list[Chunk]:
+def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
+    """What this rank gives to the checkpoint in one of the directories. SaveFailedError without a snapshot."""
+    arena = job.arena
+    if arena is None or arena.layout is None:
+        raise SaveFailedError("the snapshot failed")
+    skip = target.skip | {alias for alias, root in job.aliases.items() if root in target.skip}
+    aliases = {alias: root for alias, root in job.aliases.items() if alias not in skip}
+    values = without_parts(job.values, target.leave_out)
+    if skip:
+        values = without_entries(values, skip)
+    own = {placed.piece.key: position for position, placed in enumerate(arena.layout.placed) if not placed.piece.shared}
+
+    def tensor_of(key: str) -> torch.Tensor | None:
+        position = own.get(job.aliases.get(key, key))
+        return None if position is None else arena.views[position]
+
+    extras = job.make_extras(values, tensor_of, target.tokenizer)
+    chunks = chunks_of(arena, arena.layout, job, leave_out=target.leave_out, skip=skip)
+    return RankShare(chunks, values, aliases, extras.files, extras.common)
+
+
+def chunks_of(
+    arena: Arena, layout: Layout, job: DrainJob, *, leave_out: Collection[str] = (), skip: Collection[str] = ()
+) -> list[Chunk]:
     """What this rank writes: its rows of what the group shares, and all that is its own."""
     chunks: list[Chunk] = []
     whole: list[int] = []
     for position, placed in enumerate(layout.placed):
-        piece = placed.piece
-        if piece.key.split("/", 1)[0] in job.leave_out:
+        piece, key = placed.piece, without_block(placed.piece.key)
+        if key.split("/", 1)[0] in leave_out or key in skip:
             continue
         if piece.shared and not job.split:
             whole.append(position)
             continue
         per_rank = not piece.shared and piece.shape == piece.global_shape
-        chunks.append(Chunk(piece.key, arena.views[position], piece.global_shape, piece.offsets, per_rank))
+        chunks.append(Chunk(key, arena.views[position], piece.global_shape, piece.offsets, per_rank))
     return chunks + _rows(arena, layout, whole, job)
 
 
 def _rows(arena: Arena, layout: Layout, whole: Sequence[int], job: DrainJob) -> list[Chunk]:
-    """Every rank has all of these (`atomic`): each writes its part of the rows."""
+    """Every rank has all of these (`atomic`): each writes its part of the rows, or the first one all of them."""
     pieces = [layout.placed[position].piece for position in whole]
     rows = [(p.shape[0] if p.shape else 1, p.nbytes // (p.shape[0] if p.shape and p.shape[0] else 1)) for p in pieces]
+    shares = split_rows(rows, job.parts if job.fully_parallel else 1)
     chunks: list[Chunk] = []
-    for index, start, stop in split_rows(rows, job.parts)[job.part]:
+    for index, start, stop in shares[job.part] if job.part < len(shares) else ():
         piece, view = pieces[index], arena.views[whole[index]]
         part = view[start:stop] if piece.shape else view
         offsets = (piece.offsets[0] + start, *piece.offsets[1:]) if piece.shape else ()
-        chunks.append(Chunk(piece.key, part, piece.global_shape, offsets, False))
+        chunks.append(Chunk(without_block(piece.key), part, piece.global_shape, offsets, False))
     return chunks
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
 
 from resilience.assembly import Start
 from resilience.config import CheckpointConfig
 from resilience.errors import EvictedError
+from resilience.formats.extras import Extras, extras_of
 from resilience.formats.protocol import SaveMeta
-from resilience.formats.saver import DrainJob, SharedSaver
+from resilience.formats.saver import DrainJob, DrainTarget, SharedSaver
 from resilience.planning.book import drain_slot
 from resilience.planning.control import SlotReport
 from resilience.planning.inventory import AttemptLog, SaveId, Tier
@@ -16,8 +20,9 @@ from resilience.replication.protection import UNHEALTHY, Board
 from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
 from resilience.saving.wish import Snapshot, Wish
-from resilience.state.training_state import PARTS, TrainingState
-from resilience.stores.shared_store import SharedStore
+from resilience.state.parallel_layout import ParallelLayout
+from resilience.state.tokenizer import tokenizer_files
+from resilience.state.training_state import TrainingState
 
 __all__ = ["Drain"]
 
@@ -35,6 +40,8 @@ class Drain:
         lane: Lane,
         clock: Clock,
         tell: Callable[..., None],
+        *,
+        save_frozen: bool = True,
     ) -> None:
         self.lane = lane
         self.evicted = ""  # why this job must end: a newer start writes its directory now; known on all ranks
@@ -45,6 +52,7 @@ class Drain:
         self._board = board
         self._clock = clock
         self._tell = tell
+        self._save_frozen = save_frozen
         self._tiers: dict[SaveId, Tier] = {}
 
     def submit(
@@ -73,34 +81,58 @@ class Drain:
         keep_persistent: int | None,
         problem: str,
     ) -> DrainJob:
-        config, shared, job = self._checkpoint, self._start.shared.stores, self._start.job
-        targets: list[tuple[SharedStore, int | None]] = []
-        if wish.to_global:
-            targets.append((shared["global"], 2))
-        if wish.persistent:
-            targets.append((shared["save"], keep_persistent))
-        leave_out: tuple[str, ...] = ()
-        if not wish.to_global:
-            leave_out += () if config.save_optim else ("optimizer", "scheduler")
-            leave_out += () if config.save_rng else ("rng",)
-        values = snapshot.collected.values if snapshot else b""
-        if snapshot and leave_out:
-            values = self._state.collect([part for part in PARTS if part not in leave_out]).values
+        job = self._start.job
         aliases = {} if snapshot is None else {
             item.key: item.alias_of for item in snapshot.collected.items if item.alias_of is not None
         }  # fmt: skip
         if snapshot and not snapshot.job.healthy:
             problem = UNHEALTHY
         members = job.data_parallel()
+        return DrainJob(
+            save, snapshot.arena if snapshot else None, snapshot.collected.values if snapshot else b"", aliases,
+            tuple(self._targets(save, wish, log, keep_persistent)), self._extras, problem,
+            snapshot.job.split if snapshot else True, members.index(job.rank), len(members),
+            self._checkpoint.fully_parallel_save,
+        )  # fmt: skip
+
+    def _targets(self, save: SaveId, wish: Wish, log: AttemptLog, keep_persistent: int | None) -> Iterator[DrainTarget]:
+        """A non-persistent save is always stored whole; the save options are for persistent ones."""
+        config, state, layout = self._checkpoint, self._state, self._state.layout
         meta = SaveMeta(
             save.iteration, self._start.run_id, save.attempt, save.generation, log.base, log.fork,
-            job.world_size, self._state.train_state.to_dict(), self._state.run_config, config.save_optim,
-            config.save_rng,
+            self._start.job.world_size, state.train_state.to_dict(), state.run_config,
+            tp=layout.tp if layout else None, pp=layout.pp if layout else None,
+            fully_parallel_save=config.fully_parallel_save,
         )  # fmt: skip
-        return DrainJob(
-            save, snapshot.arena if snapshot else None, values, aliases, meta, tuple(targets), problem, leave_out,
-            snapshot.job.split if snapshot else True, members.index(job.rank), len(members),
+        if wish.to_global:
+            yield DrainTarget(self._start.shared.stores["global"], 2, meta)
+        if wish.persistent:
+            leave_out: tuple[str, ...] = () if config.save_optim else ("optimizer", "scheduler")
+            leave_out += () if config.save_rng else ("rng",)
+            meta = replace(meta, save_optim=config.save_optim, save_rng=config.save_rng)
+            skip = frozenset() if self._save_frozen else state.frozen_keys()
+            store = self._start.shared.stores["save"]
+            yield DrainTarget(store, keep_persistent, meta, leave_out, skip, config.save_tokenizer_assets)
+
+    def _extras(self, values: bytes, tensor_of: Callable[[str], torch.Tensor | None], tokenizer: bool) -> Extras:
+        """What this rank adds to its tensors. In the drain lane."""
+        job = self._start.job
+        place = (self._state.layout or ParallelLayout()).resolve(job.rank, job.world_size)
+        writes_loader = (place.pp_rank, place.tp_rank, place.cp_rank) == (0, 0, 0)
+        return extras_of(
+            values, tensor_of, loader_rank=place.dp_rank if writes_loader else None, leads=job.rank == 0,
+            tokenizer=self._tokenizer_files if tokenizer else dict,
         )  # fmt: skip
+
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        """A tokenizer that cannot be stored is told of, and never fails the save."""
+        if self._state.tokenizer is None:
+            return {}
+        try:
+            return {file.name: file.content for file in tokenizer_files(self._state.tokenizer)}
+        except Exception as error:  # noqa: BLE001 - the tokenizer's own code runs here
+            self._tell("warning", what=f"the checkpoint has no tokenizer: {error}", advice="")
+            return {}
 
     def _run(self, job: DrainJob) -> None:
         """In the drain lane; collective over all ranks' drain lanes."""

@@ -75,7 +75,8 @@ class Saving:
         job, communicator = start.job, start.communicator
         members = job.data_parallel()
         name = f"{members[0]}-{len(members)}"
-        split = checkpoint.non_persistent_local_ckpt_algo == "fully_parallel"
+        # a snapshot serves both kinds of save: where one rank writes all that is replicated, it must have all of it
+        split = checkpoint.non_persistent_local_ckpt_algo == "fully_parallel" and checkpoint.fully_parallel_save
         self._planner = SnapshotPlanner(members, members.index(job.rank), split=split)
         self._layout_group = communicator.agreements(f"layout/{name}", members)
         self._replan = True
@@ -109,6 +110,7 @@ class Saving:
             Lane("drain", self._lane_error),
             clock,
             tell,
+            save_frozen=resiliency.save_frozen,
         )
         atexit.register(self._at_exit)
 

@@ -120,6 +120,15 @@ class TrainingState:
         """The items' keys of the models' buffers."""
         return {f"model/{model.position}/{path_component(name)}" for model in self.models for name in model.buffers()}
 
+    def frozen_keys(self) -> frozenset[str]:
+        """The items' keys of the parameters that are not trained."""
+        return frozenset(
+            f"model/{model.position}/{path_component(name)}"
+            for model in self.models
+            for name, parameter in model.parameters()
+            if not parameter.requires_grad
+        )
+
     def model_key(self, parameter_name: str) -> str:
         """The item's key of a parameter, given its name in an optimizer's state."""
         if len(self.models) == 1:

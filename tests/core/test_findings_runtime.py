@@ -19,7 +19,8 @@ import torch
 import resilience.formats.saver
 from resilience.config import CheckpointConfig
 from resilience.errors import CorruptCopyError, ResilienceError, SaveFailedError
-from resilience.formats.saver import DrainJob, SharedSaver
+from resilience.formats.extras import Extras
+from resilience.formats.saver import DrainJob, DrainTarget, SharedSaver
 from resilience.planning.decision import ElectionPolicy, Strike
 from resilience.planning.inventory import AttemptLog, SaveId
 from resilience.restore import Restorer
@@ -184,9 +185,10 @@ def test_a_rank_that_cannot_lay_out_its_chunks_says_so_in_the_agreement(monkeypa
     def broken(*_: Any) -> None:
         raise IndexError("no such view")
 
-    monkeypatch.setattr(resilience.formats.saver, "chunks_of", broken)
+    monkeypatch.setattr(resilience.formats.saver, "share_of", broken)
     group = Alone()
-    job: Any = DrainJob(SaveId(3, 1, "a" * 32), SimpleNamespace(layout=object()), b"", {}, None, ())  # type: ignore[arg-type]
+    target: Any = DrainTarget(None, None, None)  # type: ignore[arg-type]
+    job = DrainJob(SaveId(3, 1, "a" * 32), None, b"", {}, (target,), lambda *_: Extras())
     with pytest.raises(SaveFailedError, match="IndexError: no such view"):
         SharedSaver(None, group, FS).run(job)  # type: ignore[arg-type]
     assert group.maxima == [[1]]

@@ -142,6 +142,42 @@ def test_a_pretrained_checkpoint_that_lacks_a_frozen_parameter_is_refused(root: 
         Job(root, make=adapted, options={"pretrained_checkpoint": str(tmp_path / "base")}).run()
 
 
+def test_an_adapter_checkpoint_holds_the_trained_part_alone_and_the_base_comes_from_pretrained(
+    root: Path, tmp_path: Path
+) -> None:
+    base = Job(tmp_path / "base").run(4)
+    options = {"pretrained_checkpoint": str(tmp_path / "base")}
+    only = {"save_frozen": False}
+    first = Job(root, seed=1, make=adapted, options=options, resiliency=only).run(3)
+    stored = torch.load(root / "iter_0000003" / "train_state.pt", weights_only=True)
+    assert stored["step"] == 3
+    import torch.distributed.checkpoint as dcp
+
+    keys = dcp.FileSystemReader(root / "iter_0000003").read_metadata().state_dict_metadata
+    assert [key for key in keys if not key.startswith(("optimizer.", "resilience/"))] == ["lora.weight"]
+    second = Job(root, seed=2, make=adapted, options=options, resiliency=only).run()
+    assert second.step == 3
+    assert equal(second.loaded, first.model.state_dict())
+    assert torch.equal(second.loaded["down.weight"], base.model.down.weight)
+    assert equal(second.moments, first.moments)
+    with pytest.raises(MissingKeysError, match=r"down\.bias, down\.weight, up\.bias, up\.weight"):
+        Job(root, seed=3, make=adapted).run()
+
+
+def test_a_base_that_is_damaged_is_refused_and_no_reason_to_fall_back_to_an_older_save(
+    root: Path, tmp_path: Path
+) -> None:
+    Job(tmp_path / "base").run(4)
+    options, only = {"pretrained_checkpoint": str(tmp_path / "base")}, {"save_frozen": False}
+    Job(root, make=adapted, options=options, resiliency=only).run(3)
+    file = tmp_path / "base" / "iter_0000004" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[-900] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(NoUsableSaveError, match="pretrained_checkpoint cannot be used"):
+        Job(root, make=adapted, options=options, resiliency=only).run()
+
+
 # -- a release, and another program's checkpoint ----------------------------------------------------------------------
 
 
