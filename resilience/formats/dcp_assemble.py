@@ -6,7 +6,7 @@ DCP's own planner and dataclasses do the assembling, so that what comes out is w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from resilience.errors import LayoutMismatchError
 from resilience.formats.dcp_metadata import DTYPE_BYTES
-from resilience.formats.keys import stored_key
 
-__all__ = ["WrittenFile", "WrittenTensor", "assemble"]
+__all__ = ["WrittenFile", "WrittenObject", "WrittenTensor", "assemble"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,31 @@ class WrittenTensor:
 
 
 @dataclass(frozen=True)
+class WrittenObject:
+    """Something else than a tensor, as it lies in this rank's file."""
+
+    key: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class WrittenFile:
-    """What one rank wrote; crosses ranks as JSON."""
+    """What one rank wrote; crosses ranks as JSON. `aliases`: a second key of a tensor → the key that it has."""
 
     file: str
     file_bytes: int
     sha256: str
     tensors: tuple[WrittenTensor, ...]
-    object_key: str
-    object_nbytes: int  # from the start of the file
+    objects: tuple[WrittenObject, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "tensors": [list(vars(tensor).values()) for tensor in self.tensors]}
+        return {
+            **vars(self),
+            "tensors": [list(vars(tensor).values()) for tensor in self.tensors],
+            "objects": [list(vars(stored).values()) for stored in self.objects],
+        }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> WrittenFile:
@@ -64,11 +75,17 @@ class WrittenFile:
             WrittenTensor(key, dtype, tuple(shape), tuple(offsets), tuple(sizes), start, nbytes)
             for key, dtype, shape, offsets, sizes, start, nbytes in fields["tensors"]
         )
-        return cls(**{**fields, "tensors": tensors})
+        objects = tuple(WrittenObject(*each) for each in fields["objects"])
+        return cls(**{**fields, "tensors": tensors, "objects": objects})
 
 
-def assemble(ranks: Sequence[WrittenFile], save_id: str) -> Metadata:
-    """The checkpoint's metadata; LayoutMismatchError unless the parts cover every tensor exactly once."""
+def assemble(
+    ranks: Sequence[WrittenFile], save_id: str, nested_path: Callable[[str], tuple[str | int, ...]] | None = None
+) -> Metadata:
+    """The checkpoint's metadata; LayoutMismatchError unless the parts cover every tensor exactly once.
+
+    `nested_path`: see `Dialect`; its answers become the map that DCP keeps as `planner_data`.
+    """
     ranks = list(_without_empty_twins(ranks))
     plans = [SavePlan(list(_write_items(written))) for written in ranks]
     _check_alike(plans)
@@ -81,13 +98,15 @@ def assemble(ranks: Sequence[WrittenFile], save_id: str) -> Metadata:
     metadata.storage_data = dict(_storage_entries(ranks))
     for written in ranks:
         _add_aliases(metadata, written.aliases)
+    metadata.planner_data = nested_path and {key: nested_path(key) for key in metadata.state_dict_metadata}
     metadata.storage_meta = StorageMeta(save_id=save_id)
     metadata.version = CURRENT_DCP_VERSION
     return metadata
 
 
 def _write_items(written: WrittenFile) -> Iterator[WriteItem]:
-    yield WriteItem(MetadataIndex(written.object_key), WriteItemType.BYTE_IO)
+    for stored in written.objects:
+        yield WriteItem(MetadataIndex(stored.key), WriteItemType.BYTE_IO)
     for tensor in written.tensors:
         if tensor.dtype not in DTYPE_BYTES:
             raise LayoutMismatchError(f"{tensor.key} has dtype {tensor.dtype}, which this format does not know.")
@@ -136,7 +155,8 @@ def _check_covered(metadata: Metadata) -> None:
 
 def _storage_entries(ranks: Sequence[WrittenFile]) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
     for written in ranks:
-        yield MetadataIndex(written.object_key), _StorageInfo(written.file, 0, written.object_nbytes)
+        for stored in written.objects:
+            yield MetadataIndex(stored.key), _StorageInfo(written.file, stored.start, stored.nbytes)
         for tensor in written.tensors:
             yield (
                 MetadataIndex(tensor.key, torch.Size(tensor.offsets)),
@@ -146,8 +166,7 @@ def _storage_entries(ranks: Sequence[WrittenFile]) -> Iterator[tuple[MetadataInd
 
 def _add_aliases(metadata: Metadata, aliases: Mapping[str, str]) -> None:
     """A second name of a tensor points to the same bytes, so that others find it under either."""
-    for alias, path in aliases.items():
-        name, key = stored_key(alias), stored_key(path)
+    for name, key in aliases.items():
         entry = metadata.state_dict_metadata.get(key)
         if entry is None or isinstance(entry, BytesStorageMetadata) or name in metadata.state_dict_metadata:
             continue  # per rank: the rank's object has it under both names

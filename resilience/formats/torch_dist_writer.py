@@ -3,7 +3,7 @@
     1. agree   which tensors of the model and the optimizer that ranks give as their own get their plain name: from the
                only rank that has it, or (the model's) from the lowest of several
     2. write   every rank its files in sub-folders and its `__R_0.distcp`: one `torch.save` archive after the other,
-               hashed as they pass, fsynced
+               hashed as they pass, fsynced; rank 0 also what the format keeps for other programs
     3. gather  what every rank wrote, as JSON
     4. finish  rank 0 checks that the parts fit, and writes `.metadata` and the small files, `integrity.json` last
     5. share   how rank 0 fared
@@ -19,34 +19,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resilience.formats.collective import exchange, on_first
-from resilience.formats.dcp_assemble import WrittenFile, WrittenTensor, assemble
+from resilience.formats.dcp_assemble import WrittenFile, WrittenObject, WrittenTensor, assemble
+from resilience.formats.dcp_dialect import Dialect
 from resilience.formats.dcp_metadata import METADATA
 from resilience.formats.folder_files import Backend, Written, agree_on_save, write_own_files, write_small_files
 from resilience.formats.keys import rank_key, stored_key
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
-from resilience.formats.torch_archive import archive_of, as_own_storage
+from resilience.formats.torch_archive import archive_of, as_own_storage, saved_bytes
 from resilience.replication.communicator import Agreements
 from resilience.stores.filesystem import FileSystem
 
-__all__ = ["write_checkpoint"]
+__all__ = ["TORCH_DIST", "write_checkpoint"]
 
-BACKEND = Backend("torch_dist")
+TORCH_DIST = Dialect(Backend("torch_dist"), stored_key)
 
 
-def write_checkpoint(folder: Path, share: RankShare, meta: SaveMeta, agreements: Agreements, fs: FileSystem) -> None:
+def write_checkpoint(
+    folder: Path,
+    share: RankShare,
+    meta: SaveMeta,
+    agreements: Agreements,
+    fs: FileSystem,
+    dialect: Dialect = TORCH_DIST,
+) -> None:
     """See `CheckpointFormat.save`. Collective over `agreements`."""
     plain = agree_on_save(share, meta, agreements)
     alone = [chunk for chunk in share.chunks if chunk.per_rank and plain.get(chunk.key) != "only"]
     shared = [chunk for chunk in share.chunks if not chunk.per_rank or chunk.key in plain]
-    file = _RankFile(meta, agreements.rank, alone, shared, share.values, share.aliases)
 
     def write() -> dict[str, Any]:
         own = write_own_files(folder, share, fs)
+        beside = dialect.beside(share, meta) if agreements.rank == 0 else {}
+        file = _RankFile(meta, agreements.rank, alone, shared, beside, share, dialect)
         return {"own": {name: one.to_json() for name, one in own.items()}, "data": file.write(folder, fs).to_json()}
 
     answers = exchange(agreements, write, "write")
-    on_first(agreements, lambda: _finish(folder, answers, share, meta, fs))
+    on_first(agreements, lambda: _finish(folder, answers, share, meta, fs, dialect))
 
 
 def _has_bytes(chunk: Chunk) -> bool:
@@ -55,7 +66,7 @@ def _has_bytes(chunk: Chunk) -> bool:
 
 
 class _RankFile:
-    """One rank's `__R_0.distcp`: what it has alone (objects go first, as Megatron Core has them), then its tensors.
+    """One rank's `__R_0.distcp`: objects go first, as Megatron Core has them (what it has alone is one), then tensors.
 
     The bytes are made as they are asked for; where everything lies and their digest are known afterwards.
     """
@@ -66,54 +77,62 @@ class _RankFile:
         rank: int,
         alone: Sequence[Chunk],
         shared: Sequence[Chunk],
-        values: bytes,
-        aliases: Mapping[str, str],
+        beside: Mapping[str, Any],
+        share: RankShare,
+        dialect: Dialect,
     ) -> None:
         self._name = f"__{rank}_0.distcp"
-        self._object_key = rank_key(rank, meta.world_size)
+        self._own_key = rank_key(rank, meta.world_size)
         self._alone = alone
         self._shared = shared
-        self._values = values
-        self._aliases = aliases
+        self._beside = beside
+        self._share = share
+        self._stored_key = dialect.stored_key
         self._nbytes = 0
         self._digest = hashlib.sha256()
         self._tensors: list[WrittenTensor] = []
-        self._object_nbytes = 0
+        self._objects: list[WrittenObject] = []
 
     def write(self, folder: Path, fs: FileSystem) -> WrittenFile:
         """Once."""
         fs.write_file(folder / self._name, self._pieces())
-        tensors, digest = tuple(self._tensors), self._digest.hexdigest()
+        aliases = {self._stored_key(alias): self._stored_key(path) for alias, path in self._share.aliases.items()}
         return WrittenFile(
-            self._name, self._nbytes, digest, tensors, self._object_key, self._object_nbytes, dict(self._aliases)
+            self._name, self._nbytes, self._digest.hexdigest(), tuple(self._tensors), tuple(self._objects), aliases
         )
 
     def _pieces(self) -> Iterator[memoryview]:
-        yield from self._passing(self._object())
-        self._object_nbytes = self._nbytes
+        yield from self._object(self._own_key, self._own())
+        for key, stored in self._beside.items():
+            if not isinstance(stored, torch.Tensor):
+                yield from self._object(key, [memoryview(saved_bytes(stored))])
+        for key, stored in self._beside.items():
+            if isinstance(stored, torch.Tensor):
+                yield from self._tensor(key, stored, tuple(stored.shape), (0,) * stored.dim())
         for chunk in self._shared:
-            if not _has_bytes(chunk):
-                continue
-            tensor = as_own_storage(chunk.tensor)
-            start = self._nbytes
-            yield from self._passing(archive_of(tensor, [tensor]))
-            self._tensors.append(
-                WrittenTensor(
-                    stored_key(chunk.key),
-                    str(tensor.dtype).removeprefix("torch."),
-                    tuple(chunk.global_shape),
-                    tuple(chunk.offsets),
-                    tuple(tensor.shape),
-                    start,
-                    self._nbytes - start,
-                )
-            )
+            if _has_bytes(chunk):
+                key = self._stored_key(chunk.key)
+                yield from self._tensor(key, chunk.tensor, tuple(chunk.global_shape), tuple(chunk.offsets))
 
-    def _object(self) -> list[memoryview]:
+    def _object(self, key: str, pieces: Sequence[memoryview]) -> Iterator[memoryview]:
+        start = self._nbytes
+        yield from self._passing(pieces)
+        self._objects.append(WrittenObject(key, start, self._nbytes - start))
+
+    def _tensor(
+        self, key: str, given: torch.Tensor, global_shape: tuple[int, ...], offsets: tuple[int, ...]
+    ) -> Iterator[memoryview]:
+        tensor = as_own_storage(given)
+        start = self._nbytes
+        yield from self._passing(archive_of(tensor, [tensor]))
+        dtype, nbytes = str(tensor.dtype).removeprefix("torch."), self._nbytes - start
+        self._tensors.append(WrittenTensor(key, dtype, global_shape, offsets, tuple(tensor.shape), start, nbytes))
+
+    def _own(self) -> list[memoryview]:
         """A list of one: the form in which Megatron Core stores objects. Text, because a safe loader takes no bytes."""
         own = {chunk.key: as_own_storage(chunk.tensor) for chunk in self._alone}
-        named = own | {alias: own[key] for alias, key in self._aliases.items() if key in own}
-        return archive_of([{"values": self._values.decode(), "tensors": named}], own.values())
+        named = own | {alias: own[key] for alias, key in self._share.aliases.items() if key in own}
+        return archive_of([{"values": self._share.values.decode(), "tensors": named}], own.values())
 
     def _passing(self, pieces: Sequence[memoryview]) -> Iterator[memoryview]:
         for piece in pieces:
@@ -123,10 +142,15 @@ class _RankFile:
 
 
 def _finish(
-    folder: Path, answers: Sequence[Mapping[str, Any]], share: RankShare, meta: SaveMeta, fs: FileSystem
+    folder: Path,
+    answers: Sequence[Mapping[str, Any]],
+    share: RankShare,
+    meta: SaveMeta,
+    fs: FileSystem,
+    dialect: Dialect,
 ) -> None:
     ranks = [WrittenFile.from_json(answer["data"]) for answer in answers]
     written = {rank.file: Written(rank.file_bytes, rank.sha256) for rank in ranks}
     written |= {name: Written(**one) for answer in answers for name, one in answer["own"].items()}
-    metadata = pickle.dumps(assemble(ranks, f"{meta.save.folder}-{meta.iteration}"))
-    write_small_files(folder, BACKEND, written, share, meta, fs, {METADATA: metadata})
+    metadata = pickle.dumps(assemble(ranks, f"{meta.save.folder}-{meta.iteration}", dialect.nested_path))
+    write_small_files(folder, dialect.backend, written, share, meta, fs, {METADATA: metadata})
