@@ -110,6 +110,12 @@ def abandoned_saves(saves: Iterable[SaveId], attempts: Iterable[AttemptLog]) -> 
     return set(abandonments(saves, attempts))
 
 
+def abandoned_checkpoints(inventories: Sequence[Inventory], run_id: str) -> set[SaveId]:
+    """This run's checkpoints on shared storage that a later attempt left behind."""
+    saves = {each.save for inventory in inventories for each in inventory.shared_saves if each.run_id == run_id}
+    return abandoned_saves(saves, read_history(inventories, run_id).attempts)
+
+
 def fruitless_bases(attempts: Sequence[AttemptLog], limit: int) -> dict[SaveId | None, int]:
     """Bases from which at least `limit` restarts, since the run last got further, completed no newer save.
 

@@ -9,12 +9,13 @@ import torch
 
 from resilience.assembly import Start
 from resilience.config import CheckpointConfig
-from resilience.errors import EvictedError
+from resilience.errors import EvictedError, StoreError
 from resilience.formats.extras import Extras, extras_of
 from resilience.formats.protocol import SaveMeta
 from resilience.formats.saver import DrainJob, DrainTarget, SharedSaver
 from resilience.planning.book import drain_slot
 from resilience.planning.control import SlotReport
+from resilience.planning.history import abandoned_checkpoints
 from resilience.planning.inventory import AttemptLog, SaveId, Tier
 from resilience.replication.protection import UNHEALTHY, Board
 from resilience.runtime.clock import Clock
@@ -139,7 +140,7 @@ class Drain:
         began = self._clock.now()
         slot = drain_slot(job.save)
         try:
-            self._saver.run(job)
+            self._saver.run(job, self._abandoned)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others must hear that this save failed
             self.evicted = self.evicted or (str(error) if isinstance(error, EvictedError) else "")
             self._board.report(SlotReport(slot, "failed", failed=True, settled=True), str(error))
@@ -150,3 +151,17 @@ class Drain:
         finally:
             if job.arena is not None and self._start.keeper is not None:
                 self._start.keeper.unpin(job.arena)
+
+    def _abandoned(self) -> set[SaveId]:
+        """Checkpoints that count for nothing, as the attempt logs tell now. On the leader, in the drain lane.
+
+        StoreError where they cannot be read: what is left behind may then not be told from what counts.
+        """
+        start = self._start
+        written = [store for source, store in start.shared.stores.items() if source in ("save", "global")]
+        inventories = [store.inventory(start.run_id) for store in written]
+        inventories += [store.inventory() for store in start.stores]
+        for each in inventories:
+            if each.unknown:
+                raise StoreError(f"Nothing is deleted: {each.unknown}")
+        return abandoned_checkpoints(inventories, start.run_id)
