@@ -57,6 +57,13 @@ class Job:
         mine = self.coordinates[self.rank if rank is None else rank]
         return tuple(other for other, place in enumerate(self.coordinates) if place == mine)
 
+    def group_leaders(self) -> tuple[int, ...]:
+        """The first rank of every data-parallel group."""
+        first: dict[tuple[int, int], int] = {}
+        for rank, place in enumerate(self.coordinates):
+            first.setdefault(place, rank)
+        return tuple(first.values())
+
 
 def make_communicator(timeout_s: float) -> Communicator:
     """Over torch.distributed if it is initialised, else a world of one.

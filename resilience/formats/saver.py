@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resilience.errors import EvictedError, ResilienceError, SaveFailedError
 from resilience.formats.extras import Extras
+from resilience.formats.once import once
 from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare, SaveMeta
 from resilience.planning.inventory import SaveId
 from resilience.planning.split import split_rows
@@ -66,6 +67,7 @@ class DrainJob:
     part: int = 0  # this rank's place in its data-parallel group, and the group's size
     parts: int = 1
     fully_parallel: bool = True  # the group shares the writing of what it shares; else the first one writes it
+    elsewhere: frozenset[str] = frozenset()  # keys that another group writes for this one too
 
 
 class SharedSaver:
@@ -91,6 +93,7 @@ class SharedSaver:
                     told = isinstance(error, ResilienceError)
                     problem = str(error) if told else f"{type(error).__name__}: {error}"
             self._agree(problem)
+            share = replace(share, chunks=once(share.chunks, self._group))
             folder = self._leader(lambda store=store: str(store.begin(job.save.iteration, job.save.attempt)))  # type: ignore[misc]
             self._form.save(Path(folder), share, target.meta, self._group, self._fs)
             self._leader(lambda store=store: _commit(store, job.save))  # type: ignore[misc]
@@ -142,18 +145,19 @@ def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
 def chunks_of(
     arena: Arena, layout: Layout, job: DrainJob, *, leave_out: Collection[str] = (), skip: Collection[str] = ()
 ) -> list[Chunk]:
-    """What this rank writes: its rows of what the group shares, and all that is its own."""
+    """What this rank has to write: its rows of what the group shares, and all that is its own."""
     chunks: list[Chunk] = []
     whole: list[int] = []
     for position, placed in enumerate(layout.placed):
         piece, key = placed.piece, without_block(placed.piece.key)
         if key.split("/", 1)[0] in leave_out or key in skip:
             continue
+        if piece.shared and piece.key in job.elsewhere:
+            continue
         if piece.shared and not job.split:
             whole.append(position)
             continue
-        per_rank = not piece.shared and piece.shape == piece.global_shape
-        chunks.append(Chunk(key, arena.views[position], piece.global_shape, piece.offsets, per_rank))
+        chunks.append(Chunk(key, arena.views[position], piece.global_shape, piece.offsets, not piece.shared))
     return chunks + _rows(arena, layout, whole, job)
 
 

@@ -93,7 +93,7 @@ class Drain:
             save, snapshot.arena if snapshot else None, snapshot.collected.values if snapshot else b"", aliases,
             tuple(self._targets(save, wish, log, keep_persistent)), self._extras, problem,
             snapshot.job.split if snapshot else True, members.index(job.rank), len(members),
-            self._checkpoint.fully_parallel_save,
+            self._checkpoint.fully_parallel_save, snapshot.elsewhere if snapshot else frozenset(),
         )  # fmt: skip
 
     def _targets(self, save: SaveId, wish: Wish, log: AttemptLog, keep_persistent: int | None) -> Iterator[DrainTarget]:

@@ -33,7 +33,7 @@ from resilience.saving.replicas import Replicas
 from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
 from resilience.snapshot.layout import ShardIdentity
-from resilience.snapshot.planner import SnapshotPlanner
+from resilience.snapshot.planner import PlanGroups, SnapshotPlanner
 from resilience.state.items import Collected
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem
@@ -78,7 +78,7 @@ class Saving:
         # a snapshot serves both kinds of save: where one rank writes all that is replicated, it must have all of it
         split = checkpoint.non_persistent_local_ckpt_algo == "fully_parallel" and checkpoint.fully_parallel_save
         self._planner = SnapshotPlanner(members, members.index(job.rank), split=split)
-        self._layout_group = communicator.agreements(f"layout/{name}", members)
+        self._plan_groups = self._join_plan_groups(name, members)
         self._replan = True
         self._budgeted = False
         self._turn = 0
@@ -86,7 +86,9 @@ class Saving:
         self._dropped_earlier = False
         self._log_waits = False
         self.exit_status = 0  # with which the process is to end, should a thread be stuck then
-        self._groups: list[Agreements] = [self._layout_group]
+        self._groups: list[Agreements] = [self._plan_groups.own]
+        if self._plan_groups.leaders is not None:
+            self._groups.append(self._plan_groups.leaders)
         self._tidy = Lane("tidy", self._lane_error)
         equality = communicator.agreements(f"equality/{name}", members)
         drain = communicator.agreements("drain")
@@ -115,6 +117,16 @@ class Saving:
         atexit.register(self._at_exit)
 
     # -- at the start -------------------------------------------------------------------------------------------------
+
+    def _join_plan_groups(self, name: str, members: tuple[int, ...]) -> PlanGroups:
+        """Collective. Groups need to know of each other only where their parts come together: on shared storage."""
+        job, communicator, config = self._start.job, self._start.communicator, self._checkpoint
+        own = communicator.agreements(f"layout/{name}", members)
+        leaders = job.group_leaders()
+        several = len(leaders) > 1 and (config.save is not None or config.non_persistent_ckpt_type == "global")
+        if not several or job.rank not in leaders:
+            return PlanGroups(own, several)
+        return PlanGroups(own, several, communicator.agreements("layout-leaders", leaders))
 
     def adopt(self, plan: Plan) -> Book:
         """Take charge of what the nodes keep, note the attempt, and start to replicate again. Collective."""
@@ -235,14 +247,14 @@ class Saving:
         return report
 
     def _plan(self, collected: Collected | ResilienceError) -> str:
-        """Make a plan; collective over the data-parallel group. Returns why there is none.
+        """Make a plan; collective. Returns why there is none.
 
         What cannot be stored is raised at a start's first save, where somebody is there to mend it; later it fails
         the save.
         """
         first = self._planner.layout is None
         try:
-            differ = self._planner.plan(collected, self._layout_group)
+            differ = self._planner.plan(collected, self._plan_groups)
         except ResilienceError as error:
             if first or isinstance(error, PeerLostError):
                 raise
@@ -279,7 +291,8 @@ class Saving:
             raise
         if wish.on_nodes and wish.drain:
             keeper.pin(arena)
-        return Snapshot(arena, collected, SaveJob(save, arena, sample, self._planner.split, healthy))
+        job_of_it = SaveJob(save, arena, sample, self._planner.split, healthy)
+        return Snapshot(arena, collected, job_of_it, self._planner.elsewhere)
 
     def _reserve(self) -> None:
         """Have the buffers of all saves to come made in the background: the training thread's own first."""

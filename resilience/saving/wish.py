@@ -30,8 +30,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A filled and sealed arena, pinned once for each lane that reads it."""
+    """A filled and sealed arena, pinned once for each lane that reads it.
+
+    `elsewhere`: keys that another data-parallel group writes to shared storage for this one too.
+    """
 
     arena: Arena
     collected: Collected
     job: SaveJob
+    elsewhere: frozenset[str] = frozenset()

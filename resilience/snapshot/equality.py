@@ -2,11 +2,13 @@
 
 When a layout is made, every candidate is hashed on every rank, streamed through a bounded buffer, and the hashes are
 compared by one maximum over `[h, -h]` (equal exactly if both ends agree). At every later save a rotating share is
-copied beside the snapshot and compared the same way in the background.
+copied beside the snapshot and compared the same way in the background. Groups that hold the same part of the same
+tensor (norms under tensor parallelism, embeddings tied over pipeline stages) compare theirs when a layout is made.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +19,7 @@ import xxhash
 from resilience.replication.communicator import Agreements
 from resilience.state.items import Item
 
-__all__ = ["RotatingShare", "Sample", "agree_shared"]
+__all__ = ["RotatingShare", "Sample", "agree_across", "agree_shared"]
 
 _BUFFER_BYTES: Final = 32 << 20
 _SHARE_BYTES: Final = 2 << 20
@@ -44,6 +46,37 @@ def agree_shared(items: Sequence[Item], group: Agreements) -> tuple[frozenset[st
     keys = [item.key for item in candidates]
     equal = frozenset(_equal_keys(keys, hashes, group))
     return equal, frozenset(keys) - equal
+
+
+def agree_across(
+    items: Sequence[Item], shared: frozenset[str], group: Agreements, leaders: Agreements | None
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Which of the group's shared items another group has too: those it need not write, and those that differ there.
+
+    An item that several groups have with equal bytes is left to the first of them. Collective over `group`, whose rank
+    0 has `leaders` (the first ranks of all groups), the others None.
+    """
+    if leaders is None:
+        answer = group.broadcast(None)
+    else:
+        # also what is no longer shared in this group: it must not be shared in another one then
+        candidates = {_hash64(_structure(i).encode()): i for i in items if i.replicated and i.alias_of is None}
+        holders: dict[int, list[int]] = {}
+        for number, payload in enumerate(leaders.gather(_pack(list(candidates)))):
+            for name in _numbers(payload):
+                holders.setdefault(name, []).append(number)
+        contested = [name for name in candidates if len(holders[name]) > 1]
+        mine = [word for name in contested for word in (name, _mark(candidates[name], shared, leaders.rank))]
+        contents: dict[int, set[int]] = {}
+        for payload in leaders.gather(_pack(mine)):
+            words = _numbers(payload)
+            for name, content in zip(words[::2], words[1::2], strict=True):
+                contents.setdefault(name, set()).add(content)
+        unlike = shared & {candidates[name].key for name in contested if len(contents[name]) > 1}
+        left = shared & {candidates[name].key for name in contested if holders[name][0] != leaders.rank}
+        answer = group.broadcast(json.dumps([sorted(left - unlike), sorted(unlike)]).encode())
+    elsewhere, differ = json.loads(answer)
+    return frozenset(elsewhere), frozenset(differ)
 
 
 @dataclass(frozen=True)
@@ -95,6 +128,11 @@ def _parts(items: Sequence[Item], shared: Collection[str]) -> Iterator[list[tupl
         yield part
 
 
+def _mark(item: Item, shared: Collection[str], group_number: int) -> int:
+    """Equal where the bytes are; of an item that is not shared in its group, nobody else's."""
+    return _hash_tensor(item.tensor) if item.key in shared else _hash64(f"{item.key} of {group_number}".encode())
+
+
 def _equal_keys(keys: Sequence[str], hashes: Sequence[int], group: Agreements) -> list[str]:
     ends = group.maximum([*hashes, *(-value for value in hashes)])
     count = len(keys)
@@ -135,4 +173,8 @@ def _pack(values: Sequence[int]) -> bytes:
 
 
 def _words(payload: bytes) -> set[int]:
-    return {int.from_bytes(payload[start : start + 8], "little") for start in range(0, len(payload), 8)}
+    return set(_numbers(payload))
+
+
+def _numbers(payload: bytes) -> list[int]:
+    return [int.from_bytes(payload[start : start + 8], "little") for start in range(0, len(payload), 8)]

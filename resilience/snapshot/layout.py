@@ -53,7 +53,8 @@ class Piece:
     """What one shard stores of one item: all of the rank's local tensor, or a range of its rows.
 
     `offsets` and `shape` place the piece in the item's global tensor. `shared` pieces are parts of a value that is
-    equal on all ranks of the data-parallel group; the others belong to this rank alone.
+    equal on all ranks of the data-parallel group; the others belong to this rank alone. `rows` says of which rows of
+    the global tensor it is a range: those of the item, (first, count).
     """
 
     key: str
@@ -65,6 +66,7 @@ class Piece:
     item: int  # position in the collected items
     row_start: int = 0
     row_stop: int | None = None  # None: all rows
+    rows: tuple[int, int] | None = None  # None: the piece is the item
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +165,7 @@ def _describe(piece: Piece) -> list[Any]:
         list(piece.offsets),
         list(piece.shape),
         int(piece.shared),
+        list(piece.rows) if piece.rows else None,
     ]
 
 

@@ -107,24 +107,22 @@ def _pieces(shards: Mapping[int, OpenShard], own: ShardHeader) -> dict[str, list
 
 
 def _is_all(found: list[tuple[int, SavedPiece]]) -> bool:
-    return any(piece.shape == piece.global_shape for _, piece in found)
+    return any(piece.rows is None for _, piece in found)
 
 
 def _whole(found: list[tuple[int, SavedPiece]]) -> SavedItem:
     """What the pieces of one key make up together; CorruptCopyError if rows are missing, double or unlike."""
     first = found[0][1]
     dtype = _dtype(first.dtype)
-    if len(found) == 1 and not (first.shared and first.shape != first.global_shape):
+    if first.rows is None:
         return SavedItem(first.key, dtype, first.global_shape, first.offsets, first.shape)
-    rows = sorted(((piece.offsets[0], piece.offsets[0] + piece.shape[0]) for _, piece in found), key=lambda r: r)
-    alike = all(
-        (p.dtype, p.global_shape, p.shape[1:]) == (first.dtype, first.global_shape, first.global_shape[1:])
-        for _, p in found
-    )
-    ends = [0, *(stop for _, stop in rows)]
-    if not alike or [start for start, _ in rows] != ends[:-1] or ends[-1] != first.global_shape[0]:
-        raise CorruptCopyError(f"the shards' rows of {first.key!r} do not make up {list(first.global_shape)}: {rows}.")
-    return SavedItem(first.key, dtype, first.global_shape, (0,) * len(first.global_shape), first.global_shape)
+    start, count = first.rows
+    ranges = sorted((piece.offsets[0], piece.offsets[0] + piece.shape[0]) for _, piece in found)
+    alike = len({(p.dtype, p.global_shape, p.offsets[1:], p.shape[1:], p.rows) for _, p in found}) == 1
+    ends = [start, *(stop for _, stop in ranges)]
+    if not alike or [begin for begin, _ in ranges] != ends[:-1] or ends[-1] != start + count:
+        raise CorruptCopyError(f"the shards' rows of {first.key!r} do not make up {count} rows from {start}: {ranges}.")
+    return SavedItem(first.key, dtype, first.global_shape, (start, *first.offsets[1:]), (count, *first.shape[1:]))
 
 
 def _part(target: torch.Tensor, piece: SavedPiece, item: SavedItem) -> torch.Tensor:

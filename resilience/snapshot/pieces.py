@@ -48,6 +48,8 @@ def _slice(item: Item, position: int, start: int, stop: int) -> Piece:
     if not shape or (start, stop) == (0, shape[0]):
         return _whole(item, position, True)
     offsets = (item.offsets[0] + start, *item.offsets[1:])
+    rows = (item.offsets[0], shape[0])
     return Piece(
-        item.key, item.tensor.dtype, item.global_shape, offsets, (stop - start, *shape[1:]), True, position, start, stop
-    )
+        item.key, item.tensor.dtype, item.global_shape, offsets, (stop - start, *shape[1:]), True, position, start,
+        stop, rows,
+    )  # fmt: skip

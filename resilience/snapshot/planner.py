@@ -1,6 +1,6 @@
 """The plan of this rank's shard, kept while the structure of the state stays the same.
 
-Making a plan is collective over the data-parallel group (it finds out what is equal); using it is not. A save that
+Making a plan is collective (it finds out what is equal on which ranks); using it is not. A save that
 finds another structure fails, and the next one makes a new plan on all ranks, because "a save failed" is agreed and "my
 structure changed" is not.
 """
@@ -8,17 +8,35 @@ structure changed" is not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from resilience.errors import DivergedRanksError, LayoutMismatchError, ResilienceError
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.copier import EagerCopier
-from resilience.snapshot.equality import RotatingShare, Sample, agree_shared
+from resilience.snapshot.equality import RotatingShare, Sample, agree_across, agree_shared
 from resilience.snapshot.layout import Layout, plan_layout
 from resilience.snapshot.pieces import pieces_of
 from resilience.state.items import Collected, Item
 
-__all__ = ["SnapshotPlanner"]
+__all__ = ["PlanGroups", "SnapshotPlanner"]
+
+
+@dataclass(frozen=True)
+class PlanGroups:
+    """With whom a plan is made: this rank's data-parallel group and, if there are `several` that have to know of each
+    other, the first ranks of all of them (`leaders`, on those ranks)."""
+
+    own: Agreements
+    several: bool = False
+    leaders: Agreements | None = None
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether it holds on any rank. Collective."""
+        found = self.own.maximum([int(here)])
+        if self.several:
+            found = self.own.maximum(self.leaders.maximum(found) if self.leaders is not None else found)
+        return bool(found[0])
 
 
 class SnapshotPlanner:
@@ -31,24 +49,27 @@ class SnapshotPlanner:
         self.split = split and len(self._ranks) > 1
         self.layout: Layout | None = None
         self.shared: frozenset[str] = frozenset()
+        self.elsewhere: frozenset[str] = frozenset()  # shared, and written to shared storage by another group
         self._unequal: frozenset[str] = frozenset()  # told already
         self._structure: tuple[object, ...] = ()
         self._share = RotatingShare((), frozenset())
         self._copier = EagerCopier()
 
-    def plan(self, collected: Collected | ResilienceError, group: Agreements) -> frozenset[str]:
-        """Make a new plan. Collective over the group; a rank whose state could not be collected passes the error.
+    def plan(self, collected: Collected | ResilienceError, groups: PlanGroups) -> frozenset[str]:
+        """Make a new plan. Collective over the groups; a rank whose state could not be collected passes the error.
 
         Returns the keys that differ between ranks and were not known to. Raises on all ranks if one passed an error.
         """
-        failed = group.maximum([int(isinstance(collected, ResilienceError))])[0]
+        failed = groups.anywhere(isinstance(collected, ResilienceError))
         if isinstance(collected, ResilienceError):
             raise collected
         if failed:
-            raise DivergedRanksError(
-                "another rank of the data-parallel group could not collect its state.", advice="See that rank's log."
-            )
-        self.shared, differ = agree_shared(collected.items, group)
+            raise DivergedRanksError("another rank could not collect its state.", advice="See that rank's log.")
+        self.shared, differ = agree_shared(collected.items, groups.own)
+        self.elsewhere = frozenset()
+        if groups.several:
+            self.elsewhere, unlike = agree_across(collected.items, self.shared, groups.own, groups.leaders)
+            self.shared, differ = self.shared - unlike, differ | unlike
         news, self._unequal = differ - self._unequal, self._unequal | differ
         self._structure = _structure(collected.items)
         self._share = RotatingShare(collected.items, self.shared)

@@ -30,7 +30,10 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
 
 @dataclass(frozen=True)
 class SavedPiece:
-    """One tensor of a shard: what part of which item it is, and where its bytes lie in the file."""
+    """One tensor of a shard: what part of which item it is, and where its bytes lie in the file.
+
+    `rows`: of a range of an item's rows, which rows of the global tensor the item has (first, count); else None.
+    """
 
     key: str
     dtype: str
@@ -40,6 +43,7 @@ class SavedPiece:
     shared: bool
     start: int
     stop: int
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _read(content: memoryview) -> ShardHeader:
 
 
 def _piece(entry: list[Any], tensor: dict[str, Any], data_start: int) -> SavedPiece:
-    key, dtype, global_shape, offsets, shape, shared = entry
+    key, dtype, global_shape, offsets, shape, shared, rows = entry
     start, stop = (_integer(x) for x in tensor["data_offsets"])
     count = 1
     for length in shape:
@@ -133,9 +137,13 @@ def _piece(entry: list[Any], tensor: dict[str, Any], data_start: int) -> SavedPi
         raise CorruptCopyError(
             f"{key!r} does not fit: {dtype} {shape} at {offsets} of {global_shape}, {stop - start} bytes."
         )
+    if rows is not None:
+        first, held = (_integer(x) for x in rows)
+        if not 0 <= first <= offsets[0] or not offsets[0] + shape[0] <= first + held <= global_shape[0]:
+            raise CorruptCopyError(f"{key!r} is a range of rows {rows}, and has {shape} at {offsets}.")
     return SavedPiece(
         _text(key), dtype, tuple(global_shape), tuple(offsets), tuple(shape), bool(shared),
-        data_start + start, data_start + stop,
+        data_start + start, data_start + stop, None if rows is None else (rows[0], rows[1]),
     )  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""Who writes what several ranks have: the lowest of them, if they have it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import xxhash
+
+from resilience.formats.protocol import Chunk
+from resilience.replication.communicator import Agreements
+from resilience.state.sharding import may_be_cut
+from resilience.state.tensors import byte_view
+
+__all__ = ["once"]
+
+
+def once(chunks: Sequence[Chunk], group: Agreements) -> list[Chunk]:
+    """The same chunks, but what several ranks have as their own and alike, the lowest of them has alone, for all.
+
+    That is how experts, and shards of FSDP, that data parallelism repeats are written once. What only one rank has, or
+    all have alike, becomes a part of the whole. Where ranks differ each keeps its own; of a part of a whole the lowest
+    rank's stands in the whole too (of what is whole on each rank, the format decides). Collective over all ranks.
+    """
+    mine = {_hash64(_place(chunk)): chunk for chunk in chunks if _may_join(chunk)}
+    holders: dict[int, list[int]] = {}
+    for rank, payload in enumerate(group.gather(_packed(mine))):
+        for place in _numbers(payload):
+            holders.setdefault(place, []).append(rank)
+    contested = [place for place in mine if len(holders[place]) > 1]
+    contents: dict[int, set[int]] = {}
+    for payload in group.gather(_packed(word for place in contested for word in (place, _content(mine[place])))):
+        words = _numbers(payload)
+        for place, content in zip(words[::2], words[1::2], strict=True):
+            contents.setdefault(place, set()).add(content)
+    kept = [chunk for chunk in chunks if not _may_join(chunk)]
+    for place, chunk in mine.items():
+        alike, first = len(contents.get(place, ())) < 2, holders[place][0] == group.rank
+        if not alike:
+            kept.append(chunk)
+        if first and (alike or _is_part(chunk)):
+            kept.append(replace(chunk, per_rank=False))
+    return kept
+
+
+def _may_join(chunk: Chunk) -> bool:
+    """Whether a rank's own chunk may be what others have too, or a part of what they have parts of."""
+    return chunk.per_rank and (may_be_cut(chunk.key) or _is_part(chunk))
+
+
+def _is_part(chunk: Chunk) -> bool:
+    return tuple(chunk.tensor.shape) != tuple(chunk.global_shape)
+
+
+def _place(chunk: Chunk) -> bytes:
+    """What two ranks can have under one key beside each other: different parts, but not different wholes."""
+    part = (tuple(chunk.tensor.shape), tuple(chunk.global_shape), tuple(chunk.offsets)) if _is_part(chunk) else ""
+    return f"{chunk.key} {part}".encode()
+
+
+def _content(chunk: Chunk) -> int:
+    digest = xxhash.xxh3_128(f"{chunk.tensor.dtype} {tuple(chunk.tensor.shape)}".encode())
+    digest.update(byte_view(chunk.tensor).numpy().data)
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def _hash64(content: bytes) -> int:
+    return int.from_bytes(xxhash.xxh3_128_digest(content)[:8], "little")
+
+
+def _packed(numbers: Iterable[int]) -> bytes:
+    return b"".join(number.to_bytes(8, "little") for number in numbers)
+
+
+def _numbers(payload: bytes) -> list[int]:
+    return [int.from_bytes(payload[start : start + 8], "little") for start in range(0, len(payload), 8)]
