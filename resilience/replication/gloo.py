@@ -28,6 +28,8 @@ from resilience.replication.tree import Stage, Tree, TreeControl
 __all__ = ["UNBOUNDED", "TorchCommunicator", "connect"]
 
 UNBOUNDED = timedelta(days=30)
+_NEVER_TAG = 10
+_CLOSE_S = 2.0
 
 Group = Any  # a ProcessGroupGloo: torch's type stubs do not know its methods
 _builds = 0  # communicators made in this process: equal on all ranks, so it names their keys
@@ -138,6 +140,7 @@ class _GlooGroup:
         self._members = members
         self._liveness = liveness
         self._name = name
+        self._works: list[Any] = []  # under way, as far as this rank knows
         self.rank = group.rank()
         self.size = len(members)
 
@@ -148,6 +151,7 @@ class _GlooGroup:
 
     def _finish(self, work: Any) -> None:
         """Wait for `work` by looking: a blocking wait could not be bounded without closing the group."""
+        self._works = [*(each for each in self._works if each is not work and not each.is_completed()), work]
         if not work.is_completed():
             pause_s = 0.0001
             with Vigil(self._liveness, self._members, self._name, time.monotonic) as vigil:
@@ -162,9 +166,28 @@ class _GlooGroup:
             raise PeerLostError(f"{self._name}: a peer is gone: {error}") from error
 
     def close(self) -> None:
+        """Local. What the peers have not come to yet is waited for a little, then broken off."""
         group, self._group = self._group, None
-        if group is not None:
-            group.abort()
+        if group is None:
+            return
+        deadline = time.monotonic() + _CLOSE_S
+        while (pending := not all(work.is_completed() for work in self._works)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if pending:
+            self._break_off(group)
+        group.abort()
+
+    def _break_off(self, group: Group) -> None:
+        """End what is under way: a group's last reference waits for that, for ever if a peer stands still.
+
+        Aborting does not do it; a wait that times out closes all connections, and does.
+        """
+        for peer in range(self.size):
+            if peer != self.rank:
+                try:
+                    group.recv([torch.zeros(1)], peer, _NEVER_TAG).wait(timedelta(milliseconds=1))
+                except RuntimeError:
+                    continue
 
 
 class _GlooAgreements(_GlooGroup):
@@ -209,6 +232,7 @@ class _GlooControl(_GlooGroup):
     def start(self, values: Sequence[int]) -> None:
         self._tensor = torch.tensor(values, dtype=torch.int64)
         self._work = _reduce_maximum(self._live(), self._tensor)
+        self._works = [self._work]
 
     def result(self) -> list[int]:
         if self._work is not None:
