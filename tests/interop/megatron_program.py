@@ -3,9 +3,9 @@
     python megatron_program.py save FOLDER --tp 2 --pp 1 --world 4
     python megatron_program.py load FOLDER --tp 1 --pp 2 --world 2
 
-Run by an interpreter that has Megatron Core. Each value follows from its tensor's key and its place in the whole, so that
-both sides know what to expect without exchanging it. Prints one JSON document: key → global shape of every tensor that
-was saved, or that was loaded and found right.
+Run by an interpreter that has Megatron Core. Each value follows from its tensor's key and its place in the whole, so
+that both sides know what to expect without exchanging it. Prints one JSON document: key → global shape of every tensor
+that was saved, or that was loaded and found right.
 """
 
 from __future__ import annotations
