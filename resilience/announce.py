@@ -55,10 +55,7 @@ def announce_start(
 
 def _cautions(state: TrainingState) -> list[str]:
     """What a restart of this job could not do, said while it can still be changed."""
-    found = [] if state.loader.exact else [f"the data loader: {state.loader.exactness}"]
-    if state.tokenizer is not None:
-        found.append("tokenizer files are not written into checkpoints by this version")
-    return found
+    return [] if state.loader.exact else [f"the data loader: {state.loader.exactness}"]
 
 
 def _warn_of_shared_store(tell: Callable[..., None]) -> None:

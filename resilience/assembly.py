@@ -105,7 +105,7 @@ def _assemble(
     job = join_job(communicator, setup, place, resiliency, _common_settings(checkpoint, resiliency), env)
     shared = SharedLoader(
         checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell,
-        _loading_peers(communicator, setup, job),
+        _loading_peers(communicator, setup, job, place),
     )  # fmt: skip
     run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env)
     attempt = setup.broadcast(secrets.token_hex(16).encode() if job.rank == 0 else None).decode()
@@ -134,9 +134,12 @@ def _assemble(
     )
 
 
-def _loading_peers(communicator: Communicator, setup: Agreements, job: Job) -> Peers:
+def _loading_peers(communicator: Communicator, setup: Agreements, job: Job, place: ParallelLayout) -> Peers:
     members, turns = job.data_parallel(), itertools.count()
-    return Peers(setup, lambda: communicator.agreements(f"load/{members[0]}/{next(turns)}", members))
+    return Peers(
+        setup, lambda: communicator.agreements(f"load/{members[0]}/{next(turns)}", members), place.dp_rank or 0,
+        place.dp or 1,
+    )  # fmt: skip
 
 
 def agree_all(setup: Agreements, step: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ from resilience.config import CheckpointConfig
 from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError, NoUsableSaveError
 from resilience.formats.folder_files import read_train_state
 from resilience.formats.keys import MODEL_PREFIX, stored_key
+from resilience.formats.loader_files import read_loader
 from resilience.formats.parallel_load import PeerFailedError, agree, read_together
 from resilience.formats.protocol import CheckpointReader, RankState, Target
 from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_missing
@@ -45,10 +46,13 @@ class Peers:
     """How this rank talks to the others while it loads; default: there are none.
 
     `everyone`: all ranks. `open_replicas` opens a new group of the ranks that hold the same parameters, collectively.
+    `dp_rank` of `dp_size` is this rank's place in the data.
     """
 
     everyone: Agreements = field(default_factory=SoloAgreements)
     open_replicas: Callable[[], Agreements] = SoloAgreements
+    dp_rank: int = 0
+    dp_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Stager:
         self._peers = peers
         self._fs = fs
         self._tell = tell
+        self._loader_state: Any = None
         self._restored_whole = chosen.tier != "persistent"  # a non-persistent save of this run
         self._release = reader.folder.name == RELEASE
 
@@ -119,6 +124,8 @@ class Stager:
                 torch._foreach_copy_([tensor for _, tensor in wanted.plan.targets], list(wanted.staged))
                 wanted.plan.finish()
                 self._renew_main_parameters(state, wanted.parts, main_weights)
+            if self._loader_state is not None:
+                state.loader.loader.load_state_dict(self._loader_state)
             return self._resume(difference)
 
         return copy
@@ -183,10 +190,22 @@ class Stager:
         if counters is not None:
             tree["train_state"] = counters
         if not self._release:
-            lost = ", ".join(part for part in parts if part not in tree)
+            found = [*tree, *self._find_loader(state)]
+            lost = ", ".join(part for part in parts if part not in found)
             what = f"iteration {self._chosen.save.iteration} in {reader.folder} holds no state of rank {self._rank}"
-            self._tell("warning", what=f"{what}: {' and '.join(tree)} are loaded, not {lost}", advice="")
+            self._tell("warning", what=f"{what}: {' and '.join(found)} are loaded, not {lost}", advice="")
         return RankState(encode(tree)[0], {}), tuple(tree)
+
+    def _find_loader(self, state: TrainingState) -> tuple[str, ...]:
+        """Look for this data-parallel rank's place in the data, as others write it; say why there is none."""
+        peers = self._peers
+        if not state.loader.stateful:
+            return ()
+        self._loader_state, problem = read_loader(self._reader.folder, self._fs, peers.dp_rank, peers.dp_size)
+        if problem:
+            self._tell("warning", what=f"the data loader begins afresh: {problem}", advice="")
+            return ()
+        return ("dataloader",)
 
     def _index(
         self, own: RankState, live: Mapping[str, Item], state: TrainingState, from_live: frozenset[str]

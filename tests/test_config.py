@@ -66,6 +66,7 @@ RESILIENCY_DEFAULTS: dict[str, object] = {
     "memory_dir": None,
     "keep_last": 2,
     "keep_persistent": None,
+    "save_frozen": True,
     "keep_after_success": False,
     "snapshot_mode": "eager",
     "non_persistent_sync": False,

@@ -90,7 +90,9 @@ class CheckpointConfig:
         "torch_dist", "Format of persistent checkpoints."
     )
     fully_parallel_save: bool = setting(
-        True, "Data-parallel ranks share the writing of what is replicated on them; otherwise the first one writes it."
+        True,
+        "Data-parallel ranks share the writing of what is replicated on them; otherwise the first one writes it, and "
+        "every rank's snapshot (a `local` save, too) holds all of it.",
     )
     fully_parallel_load: bool = setting(
         False, "Data-parallel ranks share the reading of what is replicated on them and exchange it."
