@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from resilience.errors import LayoutMismatchError
+from resilience.formats.dcp_dialect import NestedPath
 from resilience.formats.dcp_metadata import DTYPE_BYTES
 
 __all__ = ["WrittenFile", "WrittenObject", "WrittenTensor", "assemble"]
@@ -80,11 +81,11 @@ class WrittenFile:
 
 
 def assemble(
-    ranks: Sequence[WrittenFile], save_id: str, nested_path: Callable[[str], tuple[str | int, ...]] | None = None
+    ranks: Sequence[WrittenFile], save_id: str, nested_path: Callable[[str], NestedPath] | None = None
 ) -> Metadata:
     """The checkpoint's metadata; LayoutMismatchError unless the parts cover every tensor exactly once.
 
-    `nested_path`: see `Dialect`; its answers become the map that DCP keeps as `planner_data`.
+    `nested_path`: where each key stands in a nested dictionary; this becomes the map that DCP keeps as `planner_data`.
     """
     ranks = list(_without_empty_twins(ranks))
     plans = [SavePlan(list(_write_items(written))) for written in ranks]

@@ -9,10 +9,15 @@ from typing import Any
 from resilience.formats.folder_files import Backend
 from resilience.formats.protocol import RankShare, SaveMeta
 
-__all__ = ["Dialect", "nothing_beside"]
+__all__ = ["Beside", "Dialect", "NestedPath", "nothing_beside"]
+
+#: Where something stands in a nested dictionary; DCP's key for it is these joined by dots.
+NestedPath = tuple[str | int, ...]
+#: Tensors and objects for other programs.
+Beside = Mapping[NestedPath, Any]
 
 
-def nothing_beside(share: RankShare, meta: SaveMeta) -> Mapping[str, Any]:
+def nothing_beside(share: RankShare, meta: SaveMeta) -> Beside:
     """No objects but those that hold what a rank has alone."""
     return {}
 
@@ -21,11 +26,11 @@ def nothing_beside(share: RankShare, meta: SaveMeta) -> Mapping[str, Any]:
 class Dialect:
     """How one format names what it stores.
 
-    `stored_key`: the key of a tree path. `beside`: what rank 0 stores for other programs, tensors and objects by key.
-    `nested_path`: the place of a key in the nested dictionary that plain DCP gives back; None: there are keys only.
+    `stored_key`: the key of a tree path. `beside`: what rank 0 stores for other programs; called there alone.
+    `nested_path`: the place of a tensor in the nested dictionary that plain DCP gives back; None: there are keys only.
     """
 
     backend: Backend
     stored_key: Callable[[str], str]
-    beside: Callable[[RankShare, SaveMeta], Mapping[str, Any]] = nothing_beside
-    nested_path: Callable[[str], tuple[str | int, ...]] | None = None
+    beside: Callable[[RankShare, SaveMeta], Beside] = nothing_beside
+    nested_path: Callable[[str], NestedPath] | None = None

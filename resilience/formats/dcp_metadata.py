@@ -97,6 +97,16 @@ class DcpIndex:
     objects: Mapping[str, Extent]
     file_bytes: Mapping[str, int]
 
+    def torn(self, folder: Path, fs: FileSystem) -> str:
+        """Which of its files is missing or too short; "" if none is."""
+        for name, nbytes in sorted(self.file_bytes.items()):
+            found = fs.stat(folder / name)
+            if found is None:
+                return f"{name} is missing"
+            if not found.is_file or found.nbytes < nbytes:
+                return f"{name} has {found.nbytes} bytes where at least {nbytes} are expected"
+        return ""
+
 
 def read_metadata(folder: Path, fs: FileSystem) -> DcpIndex:
     """`.metadata` of a folder; FileNotFoundError without one, CorruptCopyError or UnsafePathError if it is refused."""

@@ -39,7 +39,15 @@ from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_records import RECORD_NAME, FolderRecord, encode_folder
 from resilience.stores.trackers import TRAIN_STATE
 
-__all__ = ["Backend", "Written", "agree_on_save", "read_train_state", "write_own_files", "write_small_files"]
+__all__ = [
+    "Backend",
+    "Written",
+    "agree_on_save",
+    "common_state",
+    "read_train_state",
+    "write_own_files",
+    "write_small_files",
+]
 
 _INT32_MAX = 2**31 - 1
 _TRAIN_STATE_LIMIT = 1 << 20
@@ -140,7 +148,7 @@ def write_small_files(
     """
     small = dict(own or {})
     if backend.marked:
-        small[COMMON] = saved_bytes(_common(share, meta))
+        small[COMMON] = saved_bytes(common_state(share, meta))
         small[MARKER] = json.dumps(_marker(backend)).encode()
     small[TRAIN_STATE] = saved_bytes(_train_state(meta))
     small[RUN_CONFIG] = encode_run_config(meta)
@@ -172,7 +180,8 @@ def _marker(backend: Backend) -> dict[str, Any]:
     }
 
 
-def _common(share: RankShare, meta: SaveMeta) -> dict[str, Any]:
+def common_state(share: RankShare, meta: SaveMeta) -> dict[str, Any]:
+    """What is not sharded: the content of `common.pt`. `share` is rank 0's."""
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **meta.content}
     return {**share.common, "checkpoint_version": 3.0, "iteration": meta.iteration, "content_metadata": content}
 

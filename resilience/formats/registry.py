@@ -10,14 +10,15 @@ from pathlib import Path
 from resilience.errors import ConfigError, CorruptCopyError
 from resilience.formats.dcp_metadata import METADATA
 from resilience.formats.directory import marked_backend
+from resilience.formats.fsdp_dtensor import FsdpDtensor
 from resilience.formats.protocol import CheckpointFormat, CheckpointReader
 from resilience.formats.torch_dist import TorchDist
 from resilience.stores.filesystem import FileSystem
 
 __all__ = ["checkpoint_format", "data_files", "foreign_problem", "format_name", "open_checkpoint"]
 
-_FORMATS: dict[str, CheckpointFormat] = {TorchDist.name: TorchDist()}
-_LATER = ("zarr", "fsdp_dtensor")
+_FORMATS: dict[str, CheckpointFormat] = {TorchDist.name: TorchDist(), FsdpDtensor.name: FsdpDtensor()}
+_LATER = ("zarr",)
 
 
 def checkpoint_format(name: str) -> CheckpointFormat:
@@ -34,7 +35,7 @@ def format_name(folder: Path, fs: FileSystem) -> str | None:
     marked = marked_backend(folder, fs)
     if marked is not None:
         return marked
-    return "fsdp_dtensor" if fs.stat(folder / METADATA) is not None else None
+    return FsdpDtensor.name if fs.stat(folder / METADATA) is not None else None
 
 
 def open_checkpoint(folder: Path, fs: FileSystem) -> CheckpointReader:

@@ -74,10 +74,4 @@ def _foreign_problem(folder: Path, fs: FileSystem) -> str:
     index = read_metadata(folder, fs)
     if fs.stat(folder / COMMON) is None and COMMON_STATE not in index.objects:
         return f"{COMMON} is missing"
-    for name, nbytes in sorted(index.file_bytes.items()):
-        found = fs.stat(folder / name)
-        if found is None:
-            return f"{name} is missing"
-        if not found.is_file or found.nbytes < nbytes:
-            return f"{name} has {found.nbytes} bytes where at least {nbytes} are expected"
-    return ""
+    return index.torn(folder, fs)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError
-from resilience.formats.dcp_metadata import METADATA, Extent, StoredChunk, StoredRegion, read_metadata
+from resilience.formats.dcp_metadata import METADATA, DcpIndex, Extent, StoredChunk, StoredRegion, read_metadata
 from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_files
 from resilience.formats.keys import rank_of, tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
@@ -43,8 +43,13 @@ class TorchDistReader:
         self.record = read_folder(folder, fs)
         self._fs = fs
         self._stored = read_metadata(folder, fs)
-        self._regions = {tree_key(key): region for key, region in self._stored.tensors.items()}
+        paths = self._paths(self._stored)
+        self._regions = {path: self._stored.tensors[key] for key, path in paths.items()}
         self._files = FolderFiles(folder, fs)
+
+    def _paths(self, stored: DcpIndex) -> Mapping[str, str]:
+        """Key → tree path of every tensor that is part of the state."""
+        return {key: tree_key(key) for key in stored.tensors}
 
     @cached_property
     def index(self) -> Mapping[str, StoredTensor]:
@@ -107,9 +112,12 @@ class TorchDistReader:
         world_size = self.record.world_size if self.record else max((world for _, world in found.values()), default=0)
         return {rank: key for key, (rank, world) in found.items() if world == world_size and rank < world}
 
-    def _object(self, key: str) -> Any:
+    def _stored_object(self, key: str) -> Any:
         extent = self._stored.objects[key]
-        stored = read_archive(self._files.part(extent.file, extent.start, extent.nbytes), f"{key} in {self.folder}")
+        return read_archive(self._files.part(extent.file, extent.start, extent.nbytes), f"{key} in {self.folder}")
+
+    def _object(self, key: str) -> Any:
+        stored = self._stored_object(key)
         if not isinstance(stored, list) or len(stored) != 1:
             raise CorruptCopyError(f"{key} in {self.folder} is no list of one object.")
         return stored[0]

@@ -23,7 +23,7 @@ import torch
 
 from resilience.formats.collective import exchange, on_first
 from resilience.formats.dcp_assemble import WrittenFile, WrittenObject, WrittenTensor, assemble
-from resilience.formats.dcp_dialect import Dialect
+from resilience.formats.dcp_dialect import Beside, Dialect, NestedPath
 from resilience.formats.dcp_metadata import METADATA
 from resilience.formats.folder_files import Backend, Written, agree_on_save, write_own_files, write_small_files
 from resilience.formats.keys import rank_key, stored_key
@@ -49,15 +49,21 @@ def write_checkpoint(
     plain = agree_on_save(share, meta, agreements)
     alone = [chunk for chunk in share.chunks if chunk.per_rank and plain.get(chunk.key) != "only"]
     shared = [chunk for chunk in share.chunks if not chunk.per_rank or chunk.key in plain]
+    beside: dict[NestedPath, Any] = {}
 
     def write() -> dict[str, Any]:
         own = write_own_files(folder, share, fs)
-        beside = dialect.beside(share, meta) if agreements.rank == 0 else {}
+        beside.update(dialect.beside(share, meta) if agreements.rank == 0 else {})
         file = _RankFile(meta, agreements.rank, alone, shared, beside, share, dialect)
         return {"own": {name: one.to_json() for name, one in own.items()}, "data": file.write(folder, fs).to_json()}
 
     answers = exchange(agreements, write, "write")
-    on_first(agreements, lambda: _finish(folder, answers, share, meta, fs, dialect))
+    on_first(agreements, lambda: _finish(folder, answers, share, meta, fs, dialect, beside))
+
+
+def _joined(path: NestedPath) -> str:
+    """As DCP names what it finds in a nested dictionary."""
+    return ".".join(map(str, path))
 
 
 def _has_bytes(chunk: Chunk) -> bool:
@@ -77,7 +83,7 @@ class _RankFile:
         rank: int,
         alone: Sequence[Chunk],
         shared: Sequence[Chunk],
-        beside: Mapping[str, Any],
+        beside: Beside,
         share: RankShare,
         dialect: Dialect,
     ) -> None:
@@ -103,12 +109,12 @@ class _RankFile:
 
     def _pieces(self) -> Iterator[memoryview]:
         yield from self._object(self._own_key, self._own())
-        for key, stored in self._beside.items():
+        for path, stored in self._beside.items():
             if not isinstance(stored, torch.Tensor):
-                yield from self._object(key, [memoryview(saved_bytes(stored))])
-        for key, stored in self._beside.items():
+                yield from self._object(_joined(path), [memoryview(saved_bytes(stored))])
+        for path, stored in self._beside.items():
             if isinstance(stored, torch.Tensor):
-                yield from self._tensor(key, stored, tuple(stored.shape), (0,) * stored.dim())
+                yield from self._tensor(_joined(path), stored, tuple(stored.shape), (0,) * stored.dim())
         for chunk in self._shared:
             if _has_bytes(chunk):
                 key = self._stored_key(chunk.key)
@@ -148,9 +154,12 @@ def _finish(
     meta: SaveMeta,
     fs: FileSystem,
     dialect: Dialect,
+    beside: Beside,
 ) -> None:
     ranks = [WrittenFile.from_json(answer["data"]) for answer in answers]
     written = {rank.file: Written(rank.file_bytes, rank.sha256) for rank in ranks}
     written |= {name: Written(**one) for answer in answers for name, one in answer["own"].items()}
-    metadata = pickle.dumps(assemble(ranks, f"{meta.save.folder}-{meta.iteration}", dialect.nested_path))
-    write_small_files(folder, dialect.backend, written, share, meta, fs, {METADATA: metadata})
+    save_id, paths = f"{meta.save.folder}-{meta.iteration}", {_joined(path): path for path in beside}
+    inner = dialect.nested_path
+    metadata = assemble(ranks, save_id, inner and (lambda key: paths[key] if key in paths else inner(key)))
+    write_small_files(folder, dialect.backend, written, share, meta, fs, {METADATA: pickle.dumps(metadata)})

@@ -233,7 +233,8 @@ def test_every_damaged_file_is_listed_with_its_reason(folder: Path) -> None:
     ("files", "words"),
     [
         ({}, "neither metadata.json nor .metadata"),
-        ({".metadata": b""}, "'fsdp_dtensor' is not one"),
+        ({".metadata": b""}, ".metadata"),
+        ({".metadata": b"", "common.pt": b""}, "metadata.json is missing beside common.pt"),
         ({"metadata.json": b'{"sharded_backend": "zarr"}'}, "'zarr' is not one"),
         ({"metadata.json": b'{"sharded_backend": "torch_dist"}'}, ".metadata is missing"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,6 +93,8 @@ def save(
     aliases: dict[str, str] | None = None,
     files: dict[int, dict[str, bytes]] | None = None,
     fs: FileSystem | None = None,
+    form: str = "torch_dist",
+    common: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> None:
     """Write a checkpoint of `world_size` ranks into `folder`; raises what rank 0 raised."""
@@ -100,13 +102,14 @@ def save(
     about = meta(iteration, world_size, **fields)
     outcomes = on_all_ranks(
         world_size,
-        lambda agreements: checkpoint_format("torch_dist").save(
+        lambda agreements: checkpoint_format(form).save(
             folder,
             RankShare(
                 chunks_of(agreements.rank),
                 values(agreements.rank),
                 aliases or {},
                 (files or {}).get(agreements.rank, {}),
+                common or {},
             ),
             about,
             agreements,
