@@ -86,6 +86,8 @@ RESILIENCY_DEFAULTS: dict[str, object] = {
     "metrics": None,
     "secret_env": None,
 }
+#: The page says "at least": what was added since.
+ADDED_DEFAULTS: dict[str, object] = {"save_frozen": True}
 RESILIENCY_CHOICES = {
     "snapshot_mode": ("eager", "overlapped"),
     "redundancy": ("replica", "xor", "rs"),
