@@ -34,6 +34,8 @@ _CANARY_TAG, _NEVER_TAG = 9, 10
 _UNBOUNDED = timedelta(days=30)
 _TOKEN_S: Final = 5.0  # for the one word that says farewell; the peer's receive of it is always posted
 _LONGEST_LOOK_S: Final = 0.5
+_LEFT_S: Final = 1.0  # what a peer sent before its farewell arrives before it, and needs no more than to be noticed
+_FAR: Final = float("inf")
 
 
 @dataclass
@@ -63,7 +65,7 @@ class GlooLinks:
         self._failure = ""
         self._lost: int | None = None
         self._under_way: Counter[int] = Counter()  # transfers by peer that were posted and not yet waited for
-        self._left: set[int] = set()
+        self._left: dict[int, float] = {}  # since when
         self._farewell: set[int] = set()  # peers whose canary was fed
         self._words = threading.Lock()  # nobody takes leave while the group is being aborted, or after
         self._aborted = False
@@ -93,11 +95,15 @@ class GlooLinks:
             transfer.asked = True
             self._asked.put(transfer)
         what = f"link among ranks {list(self._members)}"
+        began = self._now()
         with Vigil(self._hearts, (transfer.peer,), what, self._now, stalls=True) as vigil, self._changed:
             while not transfer.done:
                 if self._failure:
                     raise self._error()
                 self._changed.wait(self._look_s)
+                if not transfer.done and self._now() - max(began, self._left.get(transfer.peer, _FAR)) > _LEFT_S:
+                    self._fail(f"rank {transfer.peer} has left", transfer.peer)
+                    continue
                 try:
                     vigil.check()
                 except PeerLostError as error:
@@ -202,10 +208,8 @@ class GlooLinks:
                 self._fail(f"rank {peer} is gone", peer)
             return
         # fed: the peer leaves in peace. What it sent may still be on its way to a waiter here, so nothing has failed;
-        # a receive that it will never feed ends when its sockets do
+        # a receive that it will never feed is given up by who waits for it
         with self._changed:
-            self._left.add(peer)
+            self._left[peer] = self._now()
             self._changed.wait_for(lambda: self._failure or self._group is None or self._under_way[peer] <= 0)
-            if self._failure:
-                return
         self._take_leave(group, peer)

@@ -257,6 +257,33 @@ def test_who_leaves_in_peace_is_answered_at_once_whatever_its_peers_do(size: int
     assert all(refused for rank, (_, refused) in enumerate(outcomes) if rank != 1)
 
 
+def leave_one_who_waits(rank: int) -> tuple[float, str]:
+    """Rank 1 leaves in peace; rank 0 waits for what it will never send."""
+    communicator = TorchCommunicator(120.0)
+    links = communicator.links("clique", (0, 1))
+    dist.barrier()
+    began, message = time.monotonic(), ""
+    if rank == 0:
+        with pytest.raises(PeerLostError) as caught:
+            links.wait(links.receive(torch.zeros(8), 1, 1))
+        message = str(caught.value)
+        dist.barrier()
+        links.close()
+    else:
+        links.close(linger_s=30.0)
+    took = time.monotonic() - began
+    if rank == 1:
+        dist.barrier()
+    communicator.close()
+    return took, message
+
+
+def test_who_waits_for_one_that_left_hears_so_and_holds_up_nobody() -> None:
+    (_, message), (took, _) = values(run_ranks(2, leave_one_who_waits))
+    assert "rank 1 has left" in message
+    assert took < 25.0, "it did not linger for its whole bound, which is 30 s"
+
+
 def rebuild(rank: int) -> bool:
     """A failed group stays failed; another of a new name works, and the default group was never touched."""
     communicator = TorchCommunicator(5.0)

@@ -189,7 +189,6 @@ def evaluate(training: Training) -> None:
     time.sleep(4)
 
 
-@pytest.mark.long  # whoever left lingers for ten seconds, so that nobody is cut off
 def test_a_loader_that_ends_early_on_one_rank_frees_the_others_from_a_save(world: World) -> None:
     plan = world.plan("a", "b", every=3, make=short_loader_on_rank_1)
     values(world.run(plan))
