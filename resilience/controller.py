@@ -21,6 +21,7 @@ from resilience.observe.events import EventLog
 from resilience.planning.book import Book, Change
 from resilience.planning.cadence import best_interval
 from resilience.planning.control import ControlAgreement, ControlReport
+from resilience.planning.format_fit import check_format
 from resilience.planning.inventory import AttemptLog, SaveId
 from resilience.planning.schedule import Due, due_at
 from resilience.replication.communicator import Communicator
@@ -29,6 +30,8 @@ from resilience.reports import Resume, SaveReport
 from resilience.requests import take_request
 from resilience.runtime.clock import Clock, SystemClock
 from resilience.saving import Saving
+from resilience.state.job_facts import job_facts
+from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 
@@ -67,6 +70,8 @@ class ResiliencyController:
             )
         self._communicator = communicator or make_communicator(self.resiliency.exchange_timeout_s)
         validate_together(self.checkpoint, self.resiliency, world_size=self._communicator.world_size)
+        if self.checkpoint.save is not None or self.checkpoint.non_persistent_ckpt_type == "global":
+            check_format(self.checkpoint.ckpt_format, job_facts(state), async_save=self.checkpoint.async_save)
         events = self.resiliency.events
         self.events = EventLog(
             None if events is None else Path(events), node_identity(self.resiliency, os.environ),
@@ -108,6 +113,7 @@ class ResiliencyController:
             self.checkpoint, self.resiliency, layout, self._communicator, self.clock, self._fs, self.tell
         )  # fmt: skip
         self._start = start
+        self.state.layout = (layout or ParallelLayout()).resolve(start.job.rank, start.job.world_size)
         plan, resume = start.restorer.run(self.state)
         decision = plan.decision
         if start.refusal is not None and decision.next_generation == 1:

@@ -45,7 +45,6 @@ def test_an_interval_without_a_directory_would_save_nothing_and_is_refused_at_th
     ("checkpoint", "resiliency", "field"),
     [
         ({"ckpt_format": "zarr"}, {}, "checkpoint.ckpt_format"),
-        ({"ckpt_format": "fsdp_dtensor"}, {}, "checkpoint.ckpt_format"),
         ({}, {"redundancy": "xor"}, "resiliency.redundancy"),
         ({}, {"redundancy": "rs"}, "resiliency.redundancy"),
         ({}, {"snapshot_mode": "overlapped"}, "resiliency.snapshot_mode"),

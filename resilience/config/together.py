@@ -57,7 +57,6 @@ def validate_together(
 
 
 _WITHOUT_EFFECT = (
-    ("ckpt_assume_constant_structure", False, "the plan of a save is always checked"),
     ("dist_ckpt_optim_fully_reshardable", False, "there is no distributed optimizer"),
     ("distrib_optim_fully_reshardable_mem_efficient", False, "there is no distributed optimizer"),
 )
@@ -70,11 +69,11 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
     def refuse(key: str, given: str, says: str, advice: str) -> None:
         found.append(ConfigError(f'{key}: "{given}" is not in this version: {says}.', advice=advice))
 
-    if checkpoint.ckpt_format != "torch_dist":
+    if checkpoint.ckpt_format == "zarr":
         refuse(
             "checkpoint.ckpt_format",
             checkpoint.ckpt_format,
-            "persistent checkpoints are written and read as torch_dist only",
+            "persistent checkpoints are written and read as torch_dist and fsdp_dtensor",
             'Use ckpt_format="torch_dist".',
         )
     for key, default, says in _WITHOUT_EFFECT:

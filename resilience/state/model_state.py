@@ -28,7 +28,9 @@ class ModelState:
                 advice="Give the module, or a list of modules (one per pipeline chunk).",
             )
         for name, part in model.named_modules():
-            if type(part).__name__ == "FullyShardedDataParallel":
+            kind = type(part)
+            # Megatron's wrapper of the same name keeps its parameters apart, as DTensors.
+            if kind.__name__ == "FullyShardedDataParallel" and not kind.__module__.startswith("megatron"):
                 raise UnsupportedStateError(
                     f"model/{position}: {name or 'the model'} is wrapped by FullyShardedDataParallel, whose flattened "
                     f"parameters cannot be stored by name.",

@@ -1,0 +1,31 @@
+"""What a job's model and optimizer are, as far as checkpoint formats care (`planning/format_fit.py` decides)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resilience.planning.format_fit import JobFacts
+from resilience.state.tensors import is_dtensor
+from resilience.state.training_state import TrainingState
+
+__all__ = ["job_facts"]
+
+#: By name, because neither Megatron nor a version of torch that lacks one of them has to be importable.
+_MEGATRON_FSDP = frozenset({"MegatronFSDP", "FullyShardedDataParallel"})
+_DISTRIBUTED_OPTIMIZERS = frozenset({"DistributedOptimizer", "ZeroRedundancyOptimizer"})
+
+
+def job_facts(state: TrainingState) -> JobFacts:
+    """The same on all ranks of a job. Looks only; not collective."""
+    modules = [model.module for model in state.models]
+    optimizers = [optimizer.optimizer for optimizer in state.optimizers]
+    distributed = any(_is_called(each, _DISTRIBUTED_OPTIMIZERS) for each in optimizers)
+    if any(_is_called(part, _MEGATRON_FSDP, "megatron") for module in modules for part in module.modules()):
+        return JobFacts("megatron_fsdp", distributed)
+    sharded = any(is_dtensor(parameter) for module in modules for parameter in module.parameters())
+    return JobFacts("torch_fsdp2" if sharded else "ddp", distributed)
+
+
+def _is_called(found: Any, names: frozenset[str], package: str = "") -> bool:
+    """Whether its class, or one that it inherits from, has one of the names, in a module that begins with `package`."""
+    return any(kind.__name__ in names and kind.__module__.startswith(package) for kind in type(found).__mro__)
