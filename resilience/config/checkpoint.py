@@ -98,7 +98,9 @@ class CheckpointConfig:
         False, "Data-parallel ranks share the reading of what is replicated on them and exchange it."
     )
     ckpt_assume_constant_structure: bool = setting(
-        False, "Names, shapes and types stay as in the first save, so that its plan is used again without a check."
+        False,
+        "Names, shapes and types stay as in the first save: its plan is used again, and ranks tell each other no more "
+        "than a digest of theirs. A structure that changed all the same is planned afresh.",
     )
 
     # non-persistent

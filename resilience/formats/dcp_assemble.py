@@ -27,7 +27,7 @@ from resilience.errors import LayoutMismatchError
 from resilience.formats.dcp_dialect import NestedPath
 from resilience.formats.dcp_metadata import DTYPE_BYTES
 
-__all__ = ["WrittenFile", "WrittenObject", "WrittenTensor", "assemble"]
+__all__ = ["WrittenFile", "WrittenObject", "WrittenTensor", "assemble", "plan_of"]
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,29 @@ class WrittenFile:
 
 
 def assemble(
-    ranks: Sequence[WrittenFile], save_id: str, nested_path: Callable[[str], NestedPath] | None = None
+    ranks: Sequence[WrittenFile],
+    save_id: str,
+    nested_path: Callable[[str], NestedPath] | None = None,
+    plan: Callable[[Sequence[WrittenFile]], Metadata] | None = None,
 ) -> Metadata:
     """The checkpoint's metadata; LayoutMismatchError unless the parts cover every tensor exactly once.
 
     `nested_path`: where each key stands in a nested dictionary; this becomes the map that DCP keeps as `planner_data`.
+    `plan`: instead of `plan_of`, where a plan of such files is known.
     """
     ranks = list(_without_empty_twins(ranks))
+    metadata = Metadata(dict((plan or plan_of)(ranks).state_dict_metadata))
+    metadata.storage_data = dict(_storage_entries(ranks))
+    for written in ranks:
+        _add_aliases(metadata, written.aliases)
+    metadata.planner_data = nested_path and {key: nested_path(key) for key in metadata.state_dict_metadata}
+    metadata.storage_meta = StorageMeta(save_id=save_id)
+    metadata.version = CURRENT_DCP_VERSION
+    return metadata
+
+
+def plan_of(ranks: Sequence[WrittenFile]) -> Metadata:
+    """What the files make together, without where it lies; LayoutMismatchError if they do not fit."""
     plans = [SavePlan(list(_write_items(written))) for written in ranks]
     _check_alike(plans)
     try:
@@ -96,12 +112,6 @@ def assemble(
     except ValueError as error:
         raise LayoutMismatchError(f"The ranks' parts do not fit together: {error}") from error
     _check_covered(metadata)
-    metadata.storage_data = dict(_storage_entries(ranks))
-    for written in ranks:
-        _add_aliases(metadata, written.aliases)
-    metadata.planner_data = nested_path and {key: nested_path(key) for key in metadata.state_dict_metadata}
-    metadata.storage_meta = StorageMeta(save_id=save_id)
-    metadata.version = CURRENT_DCP_VERSION
     return metadata
 
 

@@ -18,6 +18,7 @@ from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import folder_problem, read_folder
 
 if TYPE_CHECKING:
+    from resilience.formats.kept_plan import KeptPlan
     from resilience.replication.communicator import Agreements
 
 __all__ = ["NAME", "FsdpDtensor"]
@@ -30,6 +31,14 @@ class FsdpDtensor:
 
     name = NAME
 
+    def __init__(self, kept: KeptPlan | None = None) -> None:
+        self._kept = kept
+
+    def keeping_plans(self) -> FsdpDtensor:
+        from resilience.formats.kept_plan import KeptPlan
+
+        return FsdpDtensor(KeptPlan())
+
     def save(
         self,
         folder: Path,
@@ -41,7 +50,7 @@ class FsdpDtensor:
         from resilience.formats.fsdp_dtensor_beside import FSDP_DTENSOR
         from resilience.formats.torch_dist_writer import write_checkpoint
 
-        write_checkpoint(folder, share, meta, agreements, fs, FSDP_DTENSOR)
+        write_checkpoint(folder, share, meta, agreements, fs, FSDP_DTENSOR, kept=self._kept)
 
     def open(self, folder: Path, fs: FileSystem) -> CheckpointReader:
         from resilience.formats.fsdp_dtensor_reader import FsdpDtensorReader

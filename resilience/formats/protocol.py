@@ -178,6 +178,10 @@ class CheckpointFormat(Protocol):
     @property
     def name(self) -> str: ...
 
+    def keeping_plans(self) -> CheckpointFormat:
+        """The same format for one series of saves whose structure is assumed to stay; itself if it plans nothing."""
+        ...
+
     def save(
         self,
         folder: Path,

@@ -16,6 +16,7 @@ from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import folder_problem, read_folder
 
 if TYPE_CHECKING:
+    from resilience.formats.kept_plan import KeptPlan
     from resilience.replication.communicator import Agreements
 
 __all__ = ["COMMON_STATE", "NAME", "TorchDist"]
@@ -30,6 +31,14 @@ class TorchDist:
 
     name = NAME
 
+    def __init__(self, kept: KeptPlan | None = None) -> None:
+        self._kept = kept
+
+    def keeping_plans(self) -> TorchDist:
+        from resilience.formats.kept_plan import KeptPlan
+
+        return TorchDist(KeptPlan())
+
     def save(
         self,
         folder: Path,
@@ -40,7 +49,7 @@ class TorchDist:
     ) -> None:
         from resilience.formats.torch_dist_writer import write_checkpoint
 
-        write_checkpoint(folder, share, meta, agreements, fs)
+        write_checkpoint(folder, share, meta, agreements, fs, kept=self._kept)
 
     def open(self, folder: Path, fs: FileSystem) -> CheckpointReader:
         from resilience.formats.torch_dist_reader import TorchDistReader

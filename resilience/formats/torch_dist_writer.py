@@ -4,7 +4,7 @@
                only rank that has it, or (the model's) from the lowest of several
     2. write   every rank its files in sub-folders and its `__R_0.distcp`: one `torch.save` archive after the other,
                hashed as they pass, fsynced; rank 0 also what the format keeps for other programs
-    3. gather  what every rank wrote, as JSON
+    3. gather  what every rank wrote, as JSON (with `ckpt_assume_constant_structure` only what can have changed)
     4. finish  rank 0 checks that the parts fit, and writes `.metadata` and the small files, `integrity.json` last
     5. share   how rank 0 fared
 
@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from resilience.formats.collective import exchange, on_first
 from resilience.formats.dcp_assemble import WrittenFile, WrittenObject, WrittenTensor, assemble
 from resilience.formats.dcp_dialect import Beside, Dialect, NestedPath
 from resilience.formats.dcp_metadata import METADATA
 from resilience.formats.folder_files import Backend, Written, agree_on_save, write_own_files, write_small_files
+from resilience.formats.kept_plan import KeptPlan, brief_of
 from resilience.formats.keys import rank_key, stored_key
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
 from resilience.formats.torch_archive import archive_of, as_own_storage, saved_bytes
@@ -44,21 +46,35 @@ def write_checkpoint(
     agreements: Agreements,
     fs: FileSystem,
     dialect: Dialect = TORCH_DIST,
+    kept: KeptPlan | None = None,
 ) -> None:
-    """See `CheckpointFormat.save`. Collective over `agreements`."""
+    """See `CheckpointFormat.save`. Collective over `agreements`. `kept`: of a series whose structure stays the same."""
     plain = agree_on_save(share, meta, agreements)
     alone = [chunk for chunk in share.chunks if chunk.per_rank and plain.get(chunk.key) != "only"]
     shared = [chunk for chunk in share.chunks if not chunk.per_rank or chunk.key in plain]
     beside: dict[NestedPath, Any] = {}
 
+    data: list[WrittenFile] = []
+
     def write() -> dict[str, Any]:
         own = write_own_files(folder, share, fs)
         beside.update(dialect.beside(share, meta) if agreements.rank == 0 else {})
-        file = _RankFile(meta, agreements.rank, alone, shared, beside, share, dialect)
-        return {"own": {name: one.to_json() for name, one in own.items()}, "data": file.write(folder, fs).to_json()}
+        data.append(_RankFile(meta, agreements.rank, alone, shared, beside, share, dialect).write(folder, fs))
+        told = data[0].to_json() if kept is None else brief_of(data[0])
+        return {"own": {name: one.to_json() for name, one in own.items()}, "data": told}
 
     answers = exchange(agreements, write, "write")
-    on_first(agreements, lambda: _finish(folder, answers, share, meta, fs, dialect, beside))
+    briefs = [answer["data"] for answer in answers]
+    if kept is not None and not kept.knows(briefs):
+        told = exchange(agreements, data[0].to_json, "plan")
+        kept.remember(briefs, [WrittenFile.from_json(one) for one in told] if agreements.rank == 0 else ())
+
+    def finish() -> None:
+        ranks = kept.files(briefs) if kept else [WrittenFile.from_json(one) for one in briefs]
+        own = {name: Written(**one) for answer in answers for name, one in answer["own"].items()}
+        _finish(folder, ranks, own, share, meta, fs, dialect, beside, kept.plan(briefs) if kept else None)
+
+    on_first(agreements, finish)
 
 
 def _joined(path: NestedPath) -> str:
@@ -149,17 +165,17 @@ class _RankFile:
 
 def _finish(
     folder: Path,
-    answers: Sequence[Mapping[str, Any]],
+    ranks: Sequence[WrittenFile],
+    own: Mapping[str, Written],
     share: RankShare,
     meta: SaveMeta,
     fs: FileSystem,
     dialect: Dialect,
     beside: Beside,
+    plan: Callable[[Sequence[WrittenFile]], Metadata] | None,
 ) -> None:
-    ranks = [WrittenFile.from_json(answer["data"]) for answer in answers]
-    written = {rank.file: Written(rank.file_bytes, rank.sha256) for rank in ranks}
-    written |= {name: Written(**one) for answer in answers for name, one in answer["own"].items()}
+    written = {**own, **{rank.file: Written(rank.file_bytes, rank.sha256) for rank in ranks}}
     save_id, paths = f"{meta.save.folder}-{meta.iteration}", {_joined(path): path for path in beside}
     inner = dialect.nested_path
-    metadata = assemble(ranks, save_id, inner and (lambda key: paths[key] if key in paths else inner(key)))
+    metadata = assemble(ranks, save_id, inner and (lambda key: paths[key] if key in paths else inner(key)), plan)
     write_small_files(folder, dialect.backend, written, share, meta, fs, {METADATA: pickle.dumps(metadata)})

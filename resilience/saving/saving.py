@@ -103,6 +103,7 @@ class Saving:
         )
         self._replicas_here: dict[int, int] = {}  # by owner whose replicas this rank keeps: bytes of one
         form = checkpoint_format(checkpoint.ckpt_format)
+        form = form.keeping_plans() if checkpoint.ckpt_assume_constant_structure else form
         self.drain = Drain(
             start,
             state,
