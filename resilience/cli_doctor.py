@@ -208,6 +208,14 @@ class _Doctor:
             return None
         return max(max(saves, key=lambda copies: copies.save).nbytes) if saves else None
 
+    def _present_bytes(self, base: Path) -> int:
+        """Files of the run on this node."""
+        try:
+            sources = find_sources(self.fs, local=[base], run_id=self.resiliency.run_id, must_exist=False)
+            return sum(sum(copies.nbytes) for each in sources.readable() for copies in each.node_saves)
+        except (ResilienceError, OSError):
+            return 0  # `_known_bytes` says so, where it had to look
+
     def _memory(self, shard_bytes: int | None, base: Path, topology: Topology) -> dict[str, Any] | None:
         if shard_bytes is None:
             self._say("info", "The memory budget needs the size of the training state.",
@@ -215,6 +223,9 @@ class _Doctor:
                       "them.")  # fmt: skip
             return None
         local, held = range(self.per_node), topology.held()
+        split = self.checkpoint.non_persistent_local_ckpt_algo == "fully_parallel" and len(self.nodes) > 1
+        needed = len(self.nodes) if split else self.per_node  # as if all ranks were data-parallel
+        state_bytes = shard_bytes * (len(self.nodes) if split else 1)
         total = budget(
             own_bytes=[shard_bytes] * self.per_node,
             replica_bytes=[shard_bytes for rank in local for _ in held[rank]],
@@ -222,6 +233,10 @@ class _Doctor:
             interval=self.checkpoint.non_persistent_save_interval,
             file_is_arena=self.fs.is_memory_backed(base),
             buffer_bytes=self.per_node * _BUFFER_BYTES_PER_RANK,
+            needed_bytes=needed * shard_bytes,
+            staged_bytes=self.per_node * state_bytes if self.checkpoint.save or self.checkpoint.load else 0,
+            present_bytes=self._present_bytes(base),
+            estimated=True,
         )
         available = available_bytes(base, base, self.fs)
         try:

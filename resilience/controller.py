@@ -130,6 +130,7 @@ class ResiliencyController:
         )
         self._book = self._saving.adopt(plan)
         start.restorer.close()
+        self._saving.estimate_memory()
         self._conversation = Conversation(start.communicator.control("control", start.job.nodes))
         announce_start(start, self.state, self._log.generation, resume, plan.notes, plan.decision.reason, self.tell)
         return resume

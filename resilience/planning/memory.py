@@ -20,9 +20,12 @@ class MemoryBudget:
     lines: tuple[str, ...]
     total: int
     needs: tuple[tuple[Place, int], ...]
+    estimated: bool = (
+        False  # before the first step: sizes are those of the parameters and of what an optimizer will add
+    )
 
     def __str__(self) -> str:
-        return f"{_size(self.total)} per node = " + " + ".join(self.lines)
+        return f"{_size(self.total)} per node{' (estimated)' if self.estimated else ''} = " + " + ".join(self.lines)
 
 
 def arenas_per_rank(keep_last: int, interval: int | None, file_is_arena: bool) -> int:
@@ -47,36 +50,60 @@ def budget(
     interval: int | None,
     file_is_arena: bool,
     buffer_bytes: int,
-    restore_bytes: int = 0,
+    on_nodes: bool = True,
+    needed_bytes: int = 0,
+    staged_bytes: int = 0,
     present_bytes: int = 0,
+    estimated: bool = False,
 ) -> MemoryBudget:
     """The node's sum. `own_bytes`: shard sizes of its ranks; `replica_bytes`: those of one save's replicas on it.
 
-    `buffer_bytes`: bounded buffers of all its ranks. `restore_bytes`: what it would have to fetch at a restore, freed
-    after the load. `present_bytes`: files of this run that lie there already; they are kept or recycled as arenas, so
-    that they take nothing more.
+    `on_nodes`: saves lie on nodes, and not only on shared storage. `buffer_bytes`: bounded buffers of all its ranks.
+    `needed_bytes`: the shards of one save that its ranks read at a restart; what it does not hold is fetched.
+    `staged_bytes`: what its ranks read from shared storage before any live tensor changes. A restart takes the room
+    that arenas take later, so that only what goes beyond is added. `present_bytes`: files of this run that lie there
+    already; they are kept or recycled as arenas, so that they take nothing more.
     """
     arenas = arenas_per_rank(keep_last, interval, file_is_arena)
     own, replicas = sum(own_bytes), sum(replica_bytes)
-    entries: list[tuple[str, int, tuple[Place, ...]]] = []
     in_memory: tuple[Place, ...] = ("memory", "shared_memory")
+    entries: list[tuple[str, int, tuple[Place, ...]]] = []
     entries.append((f"{arenas} arenas of {len(own_bytes)} ranks", arenas * own, in_memory))
+    files: tuple[Place, ...] = in_memory if file_is_arena else ("disk",)
     if file_is_arena:
-        files: tuple[Place, ...] = in_memory
         entries.append((f"{arenas} slots for {len(replica_bytes)} replicas", arenas * replicas, in_memory))
         allocated = arenas * (own + replicas)
-    else:
-        files = ("disk",)
+    elif on_nodes:
         allocated = _saves_held(keep_last) * (own + replicas)
+        entries.append((f"{len(replica_bytes)} slots for replicas", replicas, in_memory))
         entries.append((f"{_saves_held(keep_last)} saves with their replicas", allocated, files))
+    else:
+        allocated = 0
+    in_buffers = sum(size for _, size, places in entries if places == in_memory)
+    kept = (_saves_held(keep_last) - 1) * (own + replicas) if on_nodes else 0
     entries.append(("buffers", buffer_bytes, ("memory",)))
-    if restore_bytes:
-        entries.append(("fetched at a restore, then freed", restore_bytes, ("memory",)))
+    fetched = max(0, needed_bytes - own - replicas) - (allocated - kept) if on_nodes else 0
+    if fetched > 0:
+        entries.append(("fetched at a restart beyond that, then freed", fetched, files))
+    staged = staged_bytes - (in_buffers - (kept if file_is_arena else 0))
+    if staged > 0:
+        entries.append(("staged at a load beyond that, then freed", staged, ("memory",)))
     if present_bytes:
         entries.append(("files of this run already there", -min(present_bytes, allocated), files))
     lines = tuple(f"{what} {_size(size)} ({_words(places)})" for what, size, places in entries)
     needs = tuple((place, sum(size for _, size, places in entries if place in places)) for place in _PLACE_WORDS)
-    return MemoryBudget(lines, sum(size for _, size, _ in entries), needs)
+    return MemoryBudget(lines, sum(size for _, size, _ in entries), needs, estimated)
+
+
+def optimizer_bytes(kind: str, trained_bytes: int, *, momentum: bool = False, amsgrad: bool = False) -> int:
+    """What an optimizer of class `kind` will keep for parameters of `trained_bytes`, once it has stepped.
+
+    0 for one that is not known: the sum is then the least that is needed.
+    """
+    name = kind.lower()
+    if "adam" in name and "8bit" not in name:
+        return (3 if amsgrad else 2) * trained_bytes
+    return trained_bytes if momentum or name in ("rmsprop", "adagrad") else 0
 
 
 def check(budget: MemoryBudget, available: Mapping[str, int | None]) -> None:

@@ -19,15 +19,15 @@ from resilience.formats.registry import checkpoint_format
 from resilience.formats.saver import SharedSaver
 from resilience.planning.book import Book, Change, Entry, drain_slot
 from resilience.planning.inventory import AttemptLog, SaveId, Tier
-from resilience.planning.memory import arenas_per_rank, budget, check
+from resilience.planning.memory import arenas_per_rank
 from resilience.planning.schedule import Due
 from resilience.replication.communicator import Agreements
 from resilience.replication.protection import Board, SaveJob
 from resilience.reports import SaveReport
 from resilience.restore import Plan
 from resilience.runtime.clock import Clock
-from resilience.runtime.memory import available_bytes
 from resilience.runtime.worker import Lane
+from resilience.saving.budget import Budget
 from resilience.saving.drain import Drain
 from resilience.saving.replicas import Replicas
 from resilience.saving.reservation import Buffers, Reservation
@@ -100,6 +100,9 @@ class Saving:
         self._protect = lane
         self.reservation = (
             None if start.keeper is None else Reservation(start.keeper, Lane("reserve", self._lane_error), self.tell)
+        )
+        self._budget = Budget(
+            start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena
         )
         self._replicas_here: dict[int, int] = {}  # by owner whose replicas this rank keeps: bytes of one
         form = checkpoint_format(checkpoint.ckpt_format)
@@ -267,7 +270,7 @@ class Saving:
             self.tell("unequal_items", keys=sorted(differ)[:50])
         if not self._budgeted:
             self._budgeted = True
-            self._check_memory()
+            self._fix_memory(collected)
         return ""
 
     def _fill(self, save: SaveId, collected: Collected, wish: Wish) -> Snapshot:
@@ -350,35 +353,24 @@ class Saving:
             kind = "both"
         return SaveReport(kind, save.iteration, save.generation, tuple(tiers), stall_s, state, 0)
 
-    def _check_memory(self) -> None:
-        """Hold the node's sum against what it has. Collective; refused on all ranks alike."""
-        start, layout, keeper = self._start, self._planner.layout, self._start.keeper
-        if layout is None or keeper is None:
+    def estimate_memory(self) -> None:
+        """Before the first step. Collective; MemoryBudgetError on all ranks alike."""
+        self._budget.estimate(self._state)
+
+    def _fix_memory(self, collected: Collected | ResilienceError) -> None:
+        """Sizes are known now. Collective; MemoryBudgetError on all ranks alike."""
+        layout = self._planner.layout
+        if layout is None or not isinstance(collected, Collected):
             return
-        sizes = [int(text) for text in start.setup.gather(str(layout.nbytes).encode())]
-        local, held = start.job.node_ranks, start.topology.held()
-        own = [sizes[rank] for rank in local]
-        replicas = [sizes[owner] for rank in local for owner in held[rank]]
-        present = keeper.store.inventory().node_saves
-        there = sum(sum(held.nbytes) for held in present)
+        state_bytes = sum(item.tensor.nbytes for item in collected.items if item.alias_of is None)
+        sizes = self._budget.fix(layout.nbytes, state_bytes)
+        if sizes is None or self.reservation is None:
+            return
         if self.keeps_on_nodes:
-            self._replicas_here = {owner: sizes[owner] for owner in held[start.job.rank]}
-        if self.reservation is not None:
-            leftovers = {each.save for each in present} - {*self._kept}
-            self.reservation.hold_back(any(save.attempt != self._log.attempt for save in leftovers))
-        total = budget(
-            own_bytes=own,
-            replica_bytes=replicas,
-            keep_last=self._resiliency.keep_last,
-            interval=self._checkpoint.non_persistent_save_interval,
-            file_is_arena=self._file_is_arena,
-            buffer_bytes=len(local) * (4 << 20),
-            present_bytes=there,
-        )
-        available = available_bytes(keeper.arena_dir, keeper.store.base, self._fs)
-        if start.job.leads_node:
-            self.tell("memory", what=str(total))
-        agree_all(start.setup, lambda: check(total, available))
+            held = self._start.topology.held()[self._start.job.rank]
+            self._replicas_here = {owner: sizes.shards[owner] for owner in held}
+        leftovers = sizes.present - {*self._kept}
+        self.reservation.hold_back(any(save.attempt != self._log.attempt for save in leftovers))
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ def test_a_full_mount_on_one_node_costs_one_save_and_no_training(world: World, k
 def test_saves_succeed_again_after_one_failed_on_one_rank_only_however_large_the_model(world: World) -> None:
     """All ranks go on comparing the same share of what they have in common."""
     plan = world.plan(
-        "a", "b", steps=18, settle=(4, 8), make=large_model, acts=(Act(4, fill_up, 1), Act(7, free_up, 1))
+        "a", "b", steps=18, settle=(4, 7), make=large_model, acts=(Act(4, fill_up, 1), Act(7, free_up, 1))
     )
     results = values(world.run(plan))
     assert [ran.status["failed_saves"] for ran in results] == [1, 1]
@@ -127,27 +127,48 @@ def test_a_real_full_mount_is_an_error_and_never_a_bus_error(world: World) -> No
 
 def without_a_budget(training: Training) -> None:
     """As if something else had filled the mount after the budget was checked."""
-    import resilience.saving.saving
+    import resilience.saving.budget
 
-    resilience.saving.saving.check = lambda budget, available: None
+    resilience.saving.budget.check = lambda budget, available: None
 
 
 def test_a_node_that_cannot_hold_its_saves_is_refused_with_the_sum(world: World) -> None:
     outcomes = world.run(world.plan("a", "b", make=on_a_tiny_mount))
     assert {outcome.error for outcome in outcomes} == {"MemoryBudgetError", "ResilienceError"}
     (refused,) = (outcome for outcome in outcomes if outcome.error == "MemoryBudgetError")
-    for word in ("shared memory needed", "100.0 KiB free", "arenas of 1 ranks", "slots for 1 replicas"):
+    for word in ("(estimated)", "shared memory needed", "2.0 KiB free", "arenas of 1 ranks", "slots for 1 replicas"):
         assert word in refused.message
+    assert not world.events("snapshot"), "before the first step"
+
+
+def test_a_sum_that_was_estimated_too_low_is_refused_when_the_first_save_is_planned(world: World) -> None:
+    outcomes = world.run(world.plan("a", "b", make=on_a_small_mount))
+    (refused,) = (outcome for outcome in outcomes if outcome.error == "MemoryBudgetError")
+    assert "(estimated)" not in refused.message
+    assert [outcome.error for outcome in outcomes] == ["ResilienceError", "MemoryBudgetError"]
+    told = [event["what"] for event in world.events("memory", rank=0)]
+    assert ["(estimated)" in what for what in told] == [True, False]
 
 
 class TinyMount(PosixFileSystem):
     def free_bytes(self, path: Path) -> int:
-        return 100 << 10
+        return self.nbytes
+
+    nbytes = 2 << 10
+
+
+class SmallMount(TinyMount):
+    nbytes = 100 << 10  # the tensors would fit; headers and values do not
 
 
 def on_a_tiny_mount(training: Training) -> None:
     if training.rank == 1:
         resilience.controller.PosixFileSystem = TinyMount
+
+
+def on_a_small_mount(training: Training) -> None:
+    if training.rank == 1:
+        resilience.controller.PosixFileSystem = SmallMount
 
 
 def test_with_raise_a_failed_save_ends_training_on_all_ranks(world: World) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.errors import MemoryBudgetError
-from resilience.planning.memory import MemoryBudget, arenas_per_rank, budget, check
+from resilience.planning.memory import MemoryBudget, arenas_per_rank, budget, check, optimizer_bytes
 
 GIB = 1 << 30
 
@@ -36,9 +36,41 @@ def test_arenas_and_slots_are_counted_for_every_copy_where_the_file_is_the_arena
     assert dict(made.needs) == {"memory": 12 * GIB + GIB // 4, "shared_memory": 12 * GIB, "disk": 0}
 
 
-def test_on_a_disk_memory_holds_two_arenas_and_the_disk_the_copies() -> None:
+def test_on_a_disk_memory_holds_two_arenas_and_a_slot_and_the_disk_the_copies() -> None:
     made = node(file_is_arena=False)
-    assert dict(made.needs) == {"memory": 4 * GIB + GIB // 4, "shared_memory": 4 * GIB, "disk": 12 * GIB}
+    assert dict(made.needs) == {"memory": 6 * GIB + GIB // 4, "shared_memory": 6 * GIB, "disk": 12 * GIB}
+
+
+def test_without_saves_on_nodes_there_are_two_arenas_and_nothing_kept() -> None:
+    made = node(file_is_arena=False, on_nodes=False)
+    assert dict(made.needs) == {"memory": 6 * GIB + GIB // 4 - 2 * GIB, "shared_memory": 4 * GIB, "disk": 0}
+
+
+def test_a_restart_takes_the_room_of_arenas_that_are_free_then_and_more_only_beyond() -> None:
+    """Kept are two saves of 4 GiB; the third one's room is free."""
+    assert node(needed_bytes=8 * GIB).needs == node().needs
+    assert dict(node(needed_bytes=9 * GIB).needs)["shared_memory"] == 13 * GIB
+    assert "fetched at a restart" in str(node(needed_bytes=9 * GIB))
+    on_disk = node(file_is_arena=False, needed_bytes=9 * GIB)
+    assert dict(on_disk.needs) == {"memory": 6 * GIB + GIB // 4, "shared_memory": 6 * GIB, "disk": 13 * GIB}
+
+
+def test_what_a_load_from_shared_storage_stages_counts_beyond_the_same_room() -> None:
+    assert node(staged_bytes=4 * GIB).needs == node().needs
+    assert dict(node(staged_bytes=5 * GIB).needs)["memory"] == 13 * GIB + GIB // 4
+    assert dict(node(staged_bytes=5 * GIB).needs)["shared_memory"] == 12 * GIB
+
+
+def test_an_estimated_sum_says_so() -> None:
+    assert str(node(estimated=True)).startswith("12.2 GiB per node (estimated) = 3 arenas")
+
+
+def test_an_optimizer_that_has_no_state_yet_is_estimated_by_its_kind() -> None:
+    assert optimizer_bytes("AdamW", 100) == 200
+    assert optimizer_bytes("FusedAdam", 100, amsgrad=True) == 300
+    assert optimizer_bytes("SGD", 100) == 0
+    assert optimizer_bytes("SGD", 100, momentum=True) == 100
+    assert optimizer_bytes("Adam8bit", 100) == 0, "the least that is needed: nobody is refused by a guess"
 
 
 def test_files_of_this_run_that_lie_there_already_are_recycled_and_cost_nothing_more() -> None:
@@ -63,7 +95,7 @@ def test_what_is_not_known_is_not_compared() -> None:
     st.integers(1, 5),
     st.none() | st.integers(1, 100),
     st.booleans(),
-    *[st.integers(0, 4 * GIB)] * 3,
+    *[st.integers(0, 4 * GIB)] * 4,
 )
 def test_exactly_what_is_needed_fits_and_one_byte_less_does_not(
     own: list[int],
@@ -72,7 +104,8 @@ def test_exactly_what_is_needed_fits_and_one_byte_less_does_not(
     interval: int | None,
     file_is_arena: bool,
     buffers: int,
-    restore: int,
+    needed: int,
+    staged: int,
     present: int,
 ) -> None:
     made = budget(
@@ -82,7 +115,8 @@ def test_exactly_what_is_needed_fits_and_one_byte_less_does_not(
         interval=interval,
         file_is_arena=file_is_arena,
         buffer_bytes=buffers,
-        restore_bytes=restore,
+        needed_bytes=needed,
+        staged_bytes=staged,
         present_bytes=present,
     )
     assert all(need >= 0 for _, need in made.needs)
