@@ -37,6 +37,8 @@ def announce_start(
         {"iteration": p.iteration, "generation": p.generation, "tier": p.tier, "reason": p.reason}
         for p in resume.passed_over
     ]
+    for note in resume.notes if job.rank == 0 else ():
+        tell("warning", what=f"another layout: {note}", advice="")
     first = job.rank == 0  # the counts are of the whole job: said once, so that they can be summed
     tell(
         "resume",

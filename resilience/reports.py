@@ -17,7 +17,8 @@ class Resume:
 
     `seconds` of the whole restore on this rank; `passed_over`: the newer saves that were not usable, with the reasons.
     Over all ranks: `retrieved_bytes` came from other nodes; of the shards that were needed, `own_copies` lay on the
-    node that needed them and `replica_copies` were fetched; `rebuilt` ones came from parity.
+    node that needed them and `replica_copies` were fetched; `rebuilt` ones came from parity. `notes`: what of a save
+    under another layout could not go on as in an undisturbed run, and other things to know, in words.
     """
 
     iteration: int
@@ -31,6 +32,7 @@ class Resume:
     own_copies: int = 0
     replica_copies: int = 0
     rebuilt: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from resilience.reports import Resume
 from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.load_plan import LoadPlan
 from resilience.state.reconcile import reconcile
+from resilience.state.recut import is_cut_alike, recut
+from resilience.state.saved_world import SavedWorld, layout_of, tree_of
 from resilience.state.sharding import block_key, without_block
 from resilience.state.training_state import PARTS, TrainingState
 from resilience.state.tree import encode, path_component
@@ -94,6 +96,7 @@ class Stager:
         self._loader_state: Any = None
         self._restored_whole = chosen.tier != "persistent"  # a non-persistent save of this run
         self._release = reader.folder.name == RELEASE
+        self._notes: tuple[str, ...] = ()
 
     def stage(self, state: TrainingState) -> Callable[[], Resume]:
         """Read all that is needed; the function that comes back puts it into the live objects.
@@ -134,8 +137,8 @@ class Stager:
 
     def _plan(self, state: TrainingState) -> _Wanted:
         model_alone = self._chosen.weights_only or self._release
-        own = None if model_alone else self._reader.rank_state(self._rank)
         parts = self._parts()
+        own = None if model_alone else self._own(state, parts)
         if own is None:
             own, parts = self._without_rank_state(state, parts)
         parts = self._saved_parts(own, parts)
@@ -157,6 +160,26 @@ class Stager:
         staged, targets, base_targets = _staging(plan, index, own, live, from_base, initial)
         asked = {without_block(key) for key in (*(key for key, _ in plan.targets), *live)}
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
+
+    def _own(self, state: TrainingState, parts: Collection[str]) -> RankState | None:
+        """What this rank saved; in another layout, what it would have saved there."""
+        reader, record, layout = self._reader, self._reader.record, state.layout
+        own = reader.rank_state(self._rank)
+        if record is None or layout is None or not layout.is_resolved:
+            return own
+        saved = None if own is None else layout_of(tree_of(own.values))
+        if own is not None and record.world_size == layout.world_size and is_cut_alike(state, own.values, saved):
+            return own
+        world = SavedWorld(record.world_size, reader.index, reader.rank_state, self._whole)
+        moved = recut(state, world, parts, self._chosen.save.iteration)
+        self._notes = moved.notes
+        return RankState(moved.values, moved.tensors)
+
+    def _whole(self, key: str) -> torch.Tensor:
+        stored = self._reader.index[key]
+        out = torch.empty(stored.global_shape, dtype=stored.dtype)
+        self._reader.read([Target(key, out, (0,) * out.dim())])
+        return out
 
     def _parts(self) -> tuple[str, ...]:
         """What the load options ask for; a non-persistent save of this run is always restored whole."""
@@ -357,6 +380,7 @@ class Stager:
         return Resume(
             0 if chosen.weights_only else chosen.save.iteration, chosen.save.generation, chosen.tier, 0.0,
             missing_keys=tuple(sorted(difference.missing)), unexpected_keys=tuple(sorted(difference.unexpected)),
+            notes=self._notes,
         )  # fmt: skip
 
 

@@ -97,13 +97,7 @@ def agree_on_save(share: RankShare, meta: SaveMeta, agreements: Agreements) -> d
 def _prepare(chunks: Sequence[Chunk], meta: SaveMeta, size: int) -> dict[str, Any]:
     if meta.world_size != size:
         raise LayoutMismatchError(f"The save is of {meta.world_size} ranks, and {size} take part.")
-    alone = [
-        chunk.key
-        for chunk in chunks
-        if chunk.per_rank
-        and chunk.key.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX))
-        and tuple(chunk.tensor.shape) == tuple(chunk.global_shape)  # of a part, the whole is made up by others
-    ]
+    alone = [chunk.key for chunk in chunks if chunk.per_rank and chunk.key.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX))]
     return {"save": [meta.iteration, meta.generation, meta.attempt], "alone": alone}
 
 

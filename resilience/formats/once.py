@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import xxhash
 
+from resilience.errors import SaveFailedError
 from resilience.formats.protocol import Chunk
 from resilience.replication.communicator import Agreements
 from resilience.state.sharding import may_be_cut
@@ -19,10 +20,10 @@ def once(chunks: Sequence[Chunk], group: Agreements) -> list[Chunk]:
     """The same chunks, but what several ranks have as their own and alike, the lowest of them has alone, for all.
 
     That is how experts, and shards of FSDP, that data parallelism repeats are written once. What only one rank has, or
-    all have alike, becomes a part of the whole. Where ranks differ each keeps its own; of a part of a whole the lowest
-    rank's stands in the whole too (of what is whole on each rank, the format decides). Collective over all ranks.
+    all have alike, becomes a part of the whole. Of what is whole and differs, each rank keeps its own. SaveFailedError
+    on all ranks if two have different bytes for one part of a whole. Collective over all ranks.
     """
-    mine = {_hash64(_place(chunk)): chunk for chunk in chunks if _may_join(chunk)}
+    mine = {_place(chunk): chunk for chunk in chunks if _may_join(chunk)}
     holders: dict[int, list[int]] = {}
     for rank, payload in enumerate(group.gather(_packed(mine))):
         for place in _numbers(payload):
@@ -33,14 +34,28 @@ def once(chunks: Sequence[Chunk], group: Agreements) -> list[Chunk]:
         words = _numbers(payload)
         for place, content in zip(words[::2], words[1::2], strict=True):
             contents.setdefault(place, set()).add(content)
-    kept = [chunk for chunk in chunks if not _may_join(chunk)]
+    differ = {place for place, found in contents.items() if len(found) > 1}
+    _refuse_parts_that_differ(differ, holders, mine)
+    kept = [chunk for place, chunk in mine.items() if place in differ]
+    kept += [chunk for chunk in chunks if not _may_join(chunk)]
     for place, chunk in mine.items():
-        alike, first = len(contents.get(place, ())) < 2, holders[place][0] == group.rank
-        if not alike:
-            kept.append(chunk)
-        if first and (alike or _is_part(chunk)):
+        if place not in differ and holders[place][0] == group.rank:
             kept.append(replace(chunk, per_rank=False))
     return kept
+
+
+def _refuse_parts_that_differ(
+    differ: Collection[int], holders: Mapping[int, Sequence[int]], mine: Mapping[int, Chunk]
+) -> None:
+    parts = sorted(place for place in differ if place & 1)
+    if not parts:
+        return
+    named = [place for place in parts if place in mine] or parts
+    key = mine[named[0]].key if named[0] in mine else "one tensor"
+    raise SaveFailedError(
+        f"ranks {holders[named[0]]} hold the same part of {key} and differ in its bytes ({len(parts)} such parts).",
+        advice="Replicas have diverged, or parts of a tensor were said to lie at the same place (resilience.shard).",
+    )
 
 
 def _may_join(chunk: Chunk) -> bool:
@@ -52,10 +67,10 @@ def _is_part(chunk: Chunk) -> bool:
     return tuple(chunk.tensor.shape) != tuple(chunk.global_shape)
 
 
-def _place(chunk: Chunk) -> bytes:
-    """What two ranks can have under one key beside each other: different parts, but not different wholes."""
+def _place(chunk: Chunk) -> int:
+    """Of what two ranks cannot have beside each other: one part, or the whole whatever its shape. Odd for a part."""
     part = (tuple(chunk.tensor.shape), tuple(chunk.global_shape), tuple(chunk.offsets)) if _is_part(chunk) else ""
-    return f"{chunk.key} {part}".encode()
+    return _hash64(f"{chunk.key} {part}".encode()) & ~1 | _is_part(chunk)
 
 
 def _content(chunk: Chunk) -> int:

@@ -36,8 +36,8 @@ class Chunk:
     """A part of one tensor that this rank writes.
 
     `key` is the tree path (`model/0/layers.0.weight`). `tensor` is on the CPU and must not change until the save is
-    over. `per_rank`: this rank's own (the whole, or a part that differs from rank to rank), whatever others have under
-    this key; else the chunks of all ranks together cover `global_shape` exactly once.
+    over. `per_rank`: this rank's own, whatever others have under this key; else the chunks of all ranks together cover
+    `global_shape` exactly once.
     """
 
     key: str

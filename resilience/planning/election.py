@@ -201,8 +201,6 @@ def _why_not_shared(ballot: Ballot, each: SharedSave, *, by_tracker: bool = True
         return f"the tracker names {each.tracker}"
     if any(s.save == each.save and (s.where, s.tier) == (each.source, each.tier) for s in ballot.strikes):
         return "it failed to read or verify"
-    if each.source != "pretrained" and each.world_size is not None and each.world_size != ballot.world_size:
-        return reasons.other_world_size(each.world_size, ballot.world_size)
     return ""
 
 

@@ -7,11 +7,11 @@ and dropped as had been drawn. How exact that is, `LoaderCursor.exactness` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from resilience.errors import ConfigError, LayoutMismatchError
 from resilience.state import rng
@@ -103,6 +103,7 @@ class LoaderCursor:
             "drawn": self._drawn,
             "drawn_in_epoch": self._drawn_in_epoch,
             "batches_per_epoch": _length(self.loader),
+            "sharing": _sharing(self.loader),
             "start": self._start if begun else None,
             "generators": [generator.get_state() for generator in self._generators()],
             # A loader that was never begun has no place yet, and asking some for their state begins them.
@@ -122,6 +123,31 @@ class LoaderCursor:
         if len(saved["generators"]) != len(self._generators()):
             found.append("dataloader: its generators of random numbers are not those that it was saved with")
         return found
+
+    def moved(self, saved: Mapping[str, Any]) -> dict[str, Any] | str:
+        """The entries of a saved place that change where another number of ranks share the data, or why there is none.
+
+        The place is exact: behind the same samples of the epoch, none left out and none repeated. Draws nothing.
+        """
+        before, now = saved.get("sharing"), _sharing(self.loader)
+        if before is None or now is None:
+            return "only of a DataLoader with torch's DistributedSampler is known which samples were seen by all"
+        if any(before[name] != now[name] for name in ("samples", "seed", "shuffle")):
+            return f"it goes over its samples in another order ({before}, here {now})"
+        here, drawn, per_epoch = _length(self.loader), saved["drawn_in_epoch"], saved["batches_per_epoch"]
+        seen = drawn * before["batch"] * before["replicas"]
+        at_once = now["batch"] * now["replicas"]
+        if here is None or (seen % at_once and drawn != per_epoch):
+            return (
+                f"{seen} samples of the epoch were seen, which are no multiple of the {at_once} that a step here takes"
+            )
+        batches = here if drawn == per_epoch else min(seen // at_once, here)
+        return {
+            "drawn": saved["epoch"] * here + batches,
+            "drawn_in_epoch": batches,
+            "batches_per_epoch": here,
+            "sharing": now,
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go to the place that `state_dict` told of. Changes the global random state: restore that one afterwards.
@@ -203,6 +229,20 @@ def _parts(loader: Any) -> list[Any]:
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     return list({id(part): part for part in parts if part is not None}.values())
+
+
+def _sharing(loader: Any) -> dict[str, Any] | None:
+    """How ranks share one order of the samples, where that is known: rank r takes every replicas-th from r on."""
+    sampler = getattr(loader, "sampler", None)
+    if type(loader) is not DataLoader or type(sampler) is not DistributedSampler or loader.batch_size is None:
+        return None
+    return {
+        "samples": len(sampler.dataset),  # type: ignore[arg-type]  # it has asked for the length itself
+        "replicas": sampler.num_replicas,
+        "batch": loader.batch_size,
+        "shuffle": sampler.shuffle,
+        "seed": sampler.seed,
+    }
 
 
 def _length(loader: Any) -> int | None:

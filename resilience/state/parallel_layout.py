@@ -6,9 +6,10 @@ among them. (Expert parameters differ within data parallelism too; the equality 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 
-from resilience.errors import ConfigError
+from resilience.errors import ConfigError, CorruptCopyError
 
 _SIZES = ("tp", "pp", "dp", "cp", "ep")
 
@@ -72,6 +73,41 @@ class ParallelLayout:
             name: place if getattr(self, name) is None else getattr(self, name) for name, place in derived.items()
         }
         return replace(self, dp=dp, **places)
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Sizes and places by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, written: object) -> ParallelLayout:
+        """What `to_dict` gave for a resolved layout; CorruptCopyError for anything else."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(written, Mapping) or sorted(written) != sorted(names):
+            raise CorruptCopyError("The layout in the save does not name the sizes and places of one.")
+        if not all(_is_count(written[name]) for name in names):
+            raise CorruptCopyError(f"The layout in the save is {dict(written)!r}.")
+        try:
+            return cls(**written)
+        except ConfigError as error:
+            raise CorruptCopyError(f"The layout in the save cannot be: {error}") from error
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the size and all places are known."""
+        return None not in asdict(self).values()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all, of a resolved layout."""
+        return self.tp * self.pp * self.cp * (self.dp or 1)
+
+    def same_sizes(self, other: ParallelLayout, *names: str) -> bool:
+        """Whether these sizes (default: all) are equal."""
+        return all(getattr(self, name) == getattr(other, name) for name in names or _SIZES)
+
+    def in_words(self) -> str:
+        """`tp=2, pp=2, dp=1, cp=1, ep=1`."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in _SIZES)
 
     @property
     def shard_coordinate(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The whole of a rank's training state: collected into one tree at a save, put back from one at a restart.
 
     {"model": [{name: tensor}], "optimizer": [{"state": …, "param_groups": …}], "scheduler": …, "scaler": …,
-     "dataloader": …, "extra": {name: …}, "train_state": {…}, "rng": {…}}
+     "dataloader": …, "extra": {name: …}, "train_state": {…}, "rng": {…}, "layout": {…}}
 
 RNG comes last both ways: what another object's `state_dict` or `load_state_dict` draws must not be lost, nor count.
 """
@@ -35,8 +35,8 @@ class TrainingState:
     """All that a run needs to go on as if it had never stopped; takes the arguments of `ResilientTrainer`.
 
     `model`, `optimizer` and `scheduler` may be lists. `extra_state` maps names to objects with `state_dict` and
-    `load_state_dict`. `tokenizer`, `run_config`, `layout` and `healthy` are only kept here for those who save.
-    Batches are drawn through `loader`, counters live in `train_state`.
+    `load_state_dict`. `tokenizer`, `run_config` and `healthy` are only kept here for those who save; `layout` goes
+    into every save once it is resolved. Batches are drawn through `loader`, counters live in `train_state`.
     """
 
     def __init__(
@@ -105,7 +105,10 @@ class TrainingState:
             "train_state": self.train_state.to_dict,
             "rng": lambda: rng.capture(self.devices),
         }
-        return {part: collectors[part]() for part in PARTS if part in parts}
+        tree = {part: collectors[part]() for part in PARTS if part in parts}
+        if self.layout is not None and self.layout.is_resolved:
+            tree["layout"] = self.layout.to_dict()  # no part to load: whoever loads holds his own against it
+        return tree
 
     @property
     def devices(self) -> set[torch.device]:

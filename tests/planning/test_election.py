@@ -132,9 +132,15 @@ def test_parity_is_no_copy() -> None:
     assert decide(sources(whole, parity), strikes=[Strike("n0", "in_memory", save(40), 1)]).chosen is None
 
 
-def test_a_save_of_another_world_size_is_passed_over_and_never_read_as_no_save_at_all() -> None:
+def test_a_persistent_save_of_another_world_size_is_usable() -> None:
     decision = decide(sources(*pair(save(40), world=4), shared=[folder(save(20), world=4)]), world=2)
-    assert reasons(decision).keys() == {40, 20}
+    assert chosen(decision)[0] == 20
+    assert reasons(decision).keys() == {40}
+
+
+def test_shards_of_another_world_size_are_passed_over_and_never_read_as_no_save_at_all() -> None:
+    decision = decide(sources(*pair(save(40), world=4)), world=2)
+    assert reasons(decision).keys() == {40}
     assert all("saved by 4 ranks, and this start has 2" in reason for reason in reasons(decision).values())
     with pytest.raises(NoUsableSaveError, match="iteration 40"):
         decision.raise_if_error()

@@ -1,0 +1,117 @@
+"""Where a rank goes on in its random numbers and in the data, when other ranks than before share the work.
+
+Random numbers go on exactly where it is known whose they are; else new ones are derived, and that is said. Data goes on
+exactly or not at all: a place that cannot be handed over without leaving out or repeating samples is refused.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xxhash
+
+from resilience.state import rng
+from resilience.state.dataloader import LoaderCursor
+from resilience.state.recut import Taken
+from resilience.state.saved_world import SavedRank, fingerprint, key_of, tensor_refs, tree_of
+from resilience.state.tree import encode
+
+if TYPE_CHECKING:
+    from resilience.state.training_state import TrainingState
+
+__all__ = ["recut_loader", "recut_rng"]
+
+Found = Sequence[tuple[SavedRank, Any]]
+
+
+def recut_rng(taken: Taken, state: TrainingState, found: Found, iteration: int) -> Any:
+    """The random state of the rank that stood here; if it is not known which, one derived from what was saved.
+
+    Exact where the ranks at this place of tensor and pipeline parallelism (sizes unchanged) were as many, or all had
+    one state. Derived states differ exactly between those ranks whose generators differ now, before the load: what a
+    program seeds alike on purpose (tensor parallelism) stays alike.
+    """
+    before, now = taken.world.layout, taken.place
+    if before.same_sizes(now, "tp", "pp"):
+        here = [each for each in found if each[0].place.shard_coordinate == now.shard_coordinate]
+        at_my_place = [
+            (rank, its) for rank, its in here if (rank.place.dp_rank, rank.place.cp_rank) == (now.dp_rank, now.cp_rank)
+        ]
+        if before.same_sizes(now, "dp", "cp") and at_my_place:
+            return taken.take(*at_my_place[0])
+        if here and all(rank.canonical(its) == here[0][0].canonical(here[0][1]) for rank, its in here):
+            return taken.take(*here[0])
+    taken.notes.append(
+        "random numbers: not those of an undisturbed run; each rank's generators were set from the saved state of "
+        f"rank {found[0][0].rank}, iteration {iteration} and the state that they were seeded with at this start"
+    )
+    return _derived(taken, state, found[0], iteration)
+
+
+def _derived(taken: Taken, state: TrainingState, saved: tuple[SavedRank, Any], iteration: int) -> Any:
+    rank, theirs = saved
+    capture = rng.capture(state.devices)
+    written, tensors = encode({"rng": capture})
+    mine, of_mine = tree_of(written)["rng"], {key: fingerprint(tensor) for key, tensor in tensors}
+    seeds = {
+        name: _seed(name, iteration, rank.canonical(theirs.get(name)), _contents(mine[name], of_mine)) for name in mine
+    }
+    derived = {
+        "python": random.Random(seeds["python"]).getstate(),
+        "numpy": np.random.RandomState(np.random.MT19937(seeds["numpy"])).get_state(legacy=False),
+        "torch": torch.Generator().manual_seed(seeds["torch"]).get_state(),
+        "cuda": [
+            torch.Generator(torch.device("cuda", index)).manual_seed(seeds["cuda"] ^ number).get_state()
+            for number, index in enumerate(rng.cuda_indices(state.devices))
+        ],
+    }
+    values, made = encode({"rng": derived})
+    taken.tensors.update(made)
+    return tree_of(values)["rng"]
+
+
+def _contents(written: Any, digests: Mapping[str, str]) -> Any:
+    return [written, [digests[key_of(ref)] for ref in tensor_refs(written)]]
+
+
+def _seed(*parts: Any) -> int:
+    return xxhash.xxh3_64_intdigest(repr(parts).encode()) >> 1  # torch takes 63 bits
+
+
+def recut_loader(taken: Taken, loader: LoaderCursor, found: Found) -> Any:
+    """The place of the saved rank that drew this rank's share of the data, or the same place in other shares."""
+    if loader.loader is None:
+        return None
+    drawing = [(rank, place) for rank, place in found if place is not None]
+    if not drawing:
+        taken.problems.append("dataloader: saved without a data loader, here one is given")
+        return None
+    before, now = taken.world.layout, taken.place
+    if before.dp == now.dp:
+        same_share = [each for each in drawing if each[0].place.dp_rank == now.dp_rank] or drawing
+        nearest = [each for each in same_share if each[0].place.shard_coordinate == now.shard_coordinate]
+        chosen = (nearest or same_share)[0]
+        if _draws(chosen[1]) != {draws for _, place in same_share for draws in _draws(place)}:
+            taken.problems.append(f"dataloader: the saved ranks of data-parallel place {now.dp_rank} differ in theirs")
+        return taken.take(*chosen)
+    if len({draws for _, place in drawing for draws in _draws(place)}) != 1:
+        taken.problems.append("dataloader: the data-parallel ranks of the save had not drawn equally many batches")
+        return None
+    moved = loader.moved(drawing[0][1])
+    if isinstance(moved, str):
+        taken.problems.append(
+            f"dataloader: its place was shared by {before.dp} data-parallel ranks, here by {now.dp}: {moved}"
+        )
+        return None
+    taken.notes.append(
+        f"data: goes on behind the same samples, {moved['drawn_in_epoch']} batches into epoch {moved['epoch']}"
+    )
+    return {**taken.take(*drawing[0]), **moved}
+
+
+def _draws(place: Mapping[str, Any]) -> set[tuple[Any, Any]]:
+    return {(place.get("epoch"), place.get("drawn_in_epoch"))}
