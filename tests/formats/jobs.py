@@ -70,7 +70,8 @@ class Job:
             resiliency=ResiliencyConfig(**resiliency | self.resiliency), **self.trainer_arguments,
         ) as trainer:  # fmt: skip
             self.loaded = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            self.drawn = torch.rand(1).item()
+            with torch.random.fork_rng():
+                self.drawn = torch.rand(1).item()  # what would be drawn next
             self.step, self.resumed = trainer.iteration, trainer.resumed_from
             self.counters = trainer.train_state.to_dict()
             if steps is not None:
