@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from resilience.errors import CorruptCopyError
-from resilience.formats.dcp_metadata import DcpIndex, read_metadata
-from resilience.formats.keys import tree_key
+from resilience.formats.protocol import StoredItem
+from resilience.formats.registry import data_files, stored_items
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.records import decode_record
 from resilience.stores.shard_file import SavedPiece, check_header, read_header
@@ -58,26 +58,20 @@ def shard_contents(paths: Sequence[Path], fs: FileSystem) -> Contents:
 
 def folder_contents(folder: Path, fs: FileSystem) -> Contents:
     """The items of a persistent checkpoint folder. CorruptCopyError or FileNotFoundError if it cannot be believed."""
-    stored = read_metadata(folder, fs)
+    items = stored_items(folder, fs)
     record = read_folder(folder, fs)
     records: list[dict[str, Any]] = []
-    nbytes = sum(stored.file_bytes.values())
-    if record is not None:
-        nbytes = record.nbytes
-        fields = asdict(record)
-        records.append({"path": str(folder), **fields.pop("save"), **fields})
-    return Contents(sorted(_stored_items(stored), key=lambda item: str(item["key"])), records, nbytes)
+    if record is None:
+        sizes = (fs.stat(folder / name) for name in data_files(folder, fs))
+        return Contents([_told(item) for item in items], records, sum(size.nbytes for size in sizes if size))
+    fields = asdict(record)
+    records.append({"path": str(folder), **fields.pop("save"), **fields})
+    return Contents([_told(item) for item in items], records, record.nbytes)
 
 
-def _stored_items(stored: DcpIndex) -> Iterator[dict[str, Any]]:
-    for key, region in stored.tensors.items():
-        chunks = [
-            {"offsets": list(chunk.offsets), "shape": list(chunk.sizes), "file": chunk.extent.file}
-            for chunk in region.chunks
-        ]
-        yield {**_item(key, "tensor", region.dtype, region.shape), "chunks": chunks, "path": tree_key(key)}
-    for key, extent in stored.objects.items():
-        yield {**_item(key, "object", None, None), "chunks": [{"file": extent.file, "bytes": extent.nbytes}]}
+def _told(stored: StoredItem) -> dict[str, Any]:
+    item = {**_item(stored.key, stored.kind, stored.dtype, stored.global_shape), "chunks": list(stored.chunks)}
+    return {**item, "path": stored.path} if stored.path else item
 
 
 def _read_shard(path: Path, fs: FileSystem) -> tuple[dict[str, Any], int, int, list[SavedPiece], object]:

@@ -6,14 +6,16 @@ sign. This file says whether such a folder is whole, without torch; writing and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resilience.errors import CorruptCopyError, UnsafePathError
+from resilience.formats.dcp_items import stored_items
 from resilience.formats.dcp_metadata import METADATA, read_metadata
 from resilience.formats.directory import COMMON, INTEGRITY, MARKER
-from resilience.formats.fsdp_dtensor_keys import is_model_key
-from resilience.formats.protocol import CheckpointReader, RankShare, SaveMeta
+from resilience.formats.fsdp_dtensor_keys import is_model_key, tree_keys
+from resilience.formats.protocol import CheckpointReader, RankShare, SaveMeta, StoredItem
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import folder_problem, read_folder
 
@@ -75,6 +77,10 @@ class FsdpDtensor:
 
     def data_files(self, folder: Path, fs: FileSystem) -> frozenset[str]:
         return frozenset(read_metadata(folder, fs).file_bytes)
+
+    def items(self, folder: Path, fs: FileSystem) -> Sequence[StoredItem]:
+        wrapped = read_folder(folder, fs) is None
+        return stored_items(folder, fs, lambda keys: tree_keys(keys, wrapped=wrapped))
 
 
 def _foreign_problem(folder: Path, fs: FileSystem) -> str:

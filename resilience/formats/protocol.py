@@ -26,6 +26,7 @@ __all__ = [
     "RankShare",
     "RankState",
     "SaveMeta",
+    "StoredItem",
     "StoredTensor",
     "Target",
 ]
@@ -100,6 +101,22 @@ class StoredTensor:
 
     dtype: torch.dtype
     global_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """One entry of a checkpoint, for people.
+
+    `kind`: "tensor" or "object". `chunks`: a tensor's parts, with `offsets`, `shape` and `file`, or an object's `file`
+    and `bytes`. `path`: a tensor's tree path.
+    """
+
+    key: str
+    kind: str
+    chunks: Sequence[Mapping[str, Any]]
+    path: str = ""
+    dtype: str | None = None
+    global_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,4 +224,8 @@ class CheckpointFormat(Protocol):
 
     def data_files(self, folder: Path, fs: FileSystem) -> frozenset[str]:
         """Names, relative to the folder, of the files that hold its tensors; without torch. Raises as `open` does."""
+        ...
+
+    def items(self, folder: Path, fs: FileSystem) -> Sequence[StoredItem]:
+        """Everything that it stores, by key; without torch. Raises as `open` does."""
         ...

@@ -5,17 +5,18 @@ Importing this file needs no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from resilience.errors import ConfigError, CorruptCopyError
 from resilience.formats.dcp_metadata import METADATA
 from resilience.formats.directory import marked_backend
 from resilience.formats.fsdp_dtensor import FsdpDtensor
-from resilience.formats.protocol import CheckpointFormat, CheckpointReader
+from resilience.formats.protocol import CheckpointFormat, CheckpointReader, StoredItem
 from resilience.formats.torch_dist import TorchDist
 from resilience.stores.filesystem import FileSystem
 
-__all__ = ["checkpoint_format", "data_files", "foreign_problem", "format_name", "open_checkpoint"]
+__all__ = ["checkpoint_format", "data_files", "foreign_problem", "format_name", "open_checkpoint", "stored_items"]
 
 _FORMATS: dict[str, CheckpointFormat] = {TorchDist.name: TorchDist(), FsdpDtensor.name: FsdpDtensor()}
 _LATER = ("zarr",)
@@ -46,6 +47,11 @@ def open_checkpoint(folder: Path, fs: FileSystem) -> CheckpointReader:
 def data_files(folder: Path, fs: FileSystem) -> frozenset[str]:
     """Which of its files hold a folder's tensors, without torch; raises as `open_checkpoint` does."""
     return _format_of(folder, fs).data_files(folder, fs)
+
+
+def stored_items(folder: Path, fs: FileSystem) -> Sequence[StoredItem]:
+    """Everything that a folder stores, by key, without torch; raises as `open_checkpoint` does."""
+    return _format_of(folder, fs).items(folder, fs)
 
 
 def _format_of(folder: Path, fs: FileSystem) -> CheckpointFormat:

@@ -5,13 +5,16 @@ This file says whether such a folder is whole, without torch; writing and readin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resilience.errors import CorruptCopyError, UnsafePathError
+from resilience.formats.dcp_items import stored_items
 from resilience.formats.dcp_metadata import METADATA, read_metadata
 from resilience.formats.directory import COMMON, INTEGRITY, MARKER, marked_backend
-from resilience.formats.protocol import CheckpointReader, RankShare, SaveMeta
+from resilience.formats.keys import tree_key
+from resilience.formats.protocol import CheckpointReader, RankShare, SaveMeta, StoredItem
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import folder_problem, read_folder
 
@@ -73,6 +76,9 @@ class TorchDist:
 
     def data_files(self, folder: Path, fs: FileSystem) -> frozenset[str]:
         return frozenset(read_metadata(folder, fs).file_bytes)
+
+    def items(self, folder: Path, fs: FileSystem) -> Sequence[StoredItem]:
+        return stored_items(folder, fs, lambda keys: {key: tree_key(key) for key in keys})
 
 
 def _foreign_problem(folder: Path, fs: FileSystem) -> str:
