@@ -2,8 +2,8 @@
 
     optimizer = DistributedOptimizer(model.parameters(), torch.optim.AdamW, process_group=data_parallel, lr=3e-4)
 
-Each rank keeps main parameters in float32, and the moments, for an equal part of every bucket; after a step the parts are
-gathered into the parameters. Gradients have to be equal on all ranks of the group when `step` is called, as
+Each rank keeps main parameters in float32, and the moments, for an equal part of every bucket; after a step the parts
+are gathered into the parameters. Gradients have to be equal on all ranks of the group when `step` is called, as
 DistributedDataParallel leaves them. (S. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 Parameter Models", 2020; buckets as in Megatron Core.)
 """
@@ -23,19 +23,21 @@ from resilience.planning.flat import FlatBucket, plan_buckets
 __all__ = ["DistributedOptimizer", "Slice"]
 
 
+#: Torch 2.13 renamed it; the old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True)
 class Slice:
     """The part of one parameter that this rank keeps: its elements `start` to `stop` in C order.
 
-    `main`: float32, one-dimensional, live. `state`: the inner optimizer's state of it (one-dimensional tensors of the
-    same length, and scalars); empty before the first step. `bucket` and `bucket_start` say where it lies.
+    `main`: float32, one-dimensional, live. `bucket` and `bucket_start` say where it lies.
     """
 
     parameter: torch.nn.Parameter
     start: int
     stop: int
     main: torch.nn.Parameter
-    state: dict[str, Any]
     bucket: int
     bucket_start: int
 
@@ -74,7 +76,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.buckets: tuple[FlatBucket, ...] = plan_buckets(numels, dtypes, self.size, bucket_numel)
         self._flat = [self._moved_into_one(bucket) for bucket in self.buckets]
         self._mains = [self._main_of(number) for number in range(len(self.buckets))]
-        self._slices = {each.parameter: each for each in self._cut()}
+        self._slices: dict[torch.nn.Parameter, Slice] = {each.parameter: each for each in self._cut()}
         self.inner = optimizer_class(self._inner_groups(), **defaults)
         self._planned = True
 
@@ -88,23 +90,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def slices(self) -> Iterator[Slice]:
-        """What this rank keeps of each parameter, in the order of the groups; parameters of which it keeps nothing are
-        left out."""
-        for parameter in self._parameters:
-            if parameter in self._slices:
-                found = self._slices[parameter]
-                yield Slice(
-                    parameter,
-                    found.start,
-                    found.stop,
-                    found.main,
-                    self.inner.state[found.main] if found.main in self.inner.state else {},
-                    found.bucket,
-                    found.bucket_start,
-                )
+        """What this rank keeps, in the order of the groups; parameters of which it keeps nothing are left out."""
+        return (self._slices[each] for each in self._parameters if each in self._slices)
+
+    def state_of(self, part: Slice) -> dict[str, Any]:
+        """The inner optimizer's state of a part: tensors of its length, and scalars; empty before the first step."""
+        return self.inner.state[part.main] if part.main in self.inner.state else {}  # noqa: SIM401 - it is a defaultdict
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step on this rank's part, then the parts of all ranks into the parameters. Collective."""
         loss = None
         if closure is not None:
@@ -131,9 +125,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 mine.copy_(main)
             if self.size > 1:
                 # As bytes: gloo does not know every dtype.
-                dist.all_gather_into_tensor(
-                    flat.view(torch.uint8), mine.clone().view(torch.uint8), group=self.process_group
-                )
+                _all_gather(flat.view(torch.uint8), mine.clone().view(torch.uint8), group=self.process_group)
 
     @torch.no_grad()
     def remake_main_parameters(self) -> None:
@@ -145,7 +137,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's part only, for a load at the same layout; a checkpoint that can be loaded at any is made by
         `ResilientTrainer`."""
-        return {"inner": self.inner.state_dict(), "main": [main.detach().clone() for main in self._mains]}
+        return {"inner": self.inner.state_dict(), "main": list(self._mains)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -181,15 +173,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 if start >= stop:
                     continue
                 part = torch.nn.Parameter(main[start - share.start : stop - share.start], requires_grad=True)
-                yield Slice(
-                    self._parameters[placed.index],
-                    start - placed.start,
-                    stop - placed.start,
-                    part,
-                    {},
-                    number,
-                    start,
-                )
+                parameter = self._parameters[placed.index]
+                yield Slice(parameter, start - placed.start, stop - placed.start, part, number, start)
 
     def _inner_groups(self) -> list[dict[str, Any]]:
         groups = []
