@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import yaml
 
-from resilience.errors import ConfigError, CorruptCopyError
+from resilience.errors import ConfigError, CorruptCopyError, UnsafePathError
 from resilience.formats.protocol import SaveMeta
 from resilience.stores.filesystem import FileSystem, MappedFile
 from resilience.stores.shared_records import is_inner_name
@@ -56,6 +56,7 @@ class FolderFiles:
         """All bytes of a file; CorruptCopyError if it is missing."""
         if name not in self._mapped:
             path = self._folder / name
+            self._refuse_links(path.parent)
             found = self._fs.stat(path)
             if found is None:
                 raise CorruptCopyError(f"{path} is missing.")
@@ -63,6 +64,14 @@ class FolderFiles:
                 return memoryview(b"")
             self._mapped[name] = self._fs.open_mapping(path)
         return self._mapped[name].view
+
+    def _refuse_links(self, parent: Path) -> None:
+        """A sub-folder that is a link leads out of the folder; the file system itself looks at the last part only."""
+        while parent != self._folder:
+            found = self._fs.stat(parent)
+            if found is not None and not found.is_dir:
+                raise UnsafePathError(f"{parent} is no folder (a link is not followed).", advice="Remove it.")
+            parent = parent.parent
 
     def part(self, name: str, start: int, nbytes: int) -> memoryview:
         """`nbytes` bytes from `start` on; CorruptCopyError if the file ends before."""
@@ -147,7 +156,7 @@ def damaged_files(folder: Path, fs: FileSystem, names: Iterable[str] | None = No
         for name in sorted(digests.keys() & (digests if names is None else set(names))):
             try:
                 found = files.sha256(name)
-            except (CorruptCopyError, FileNotFoundError) as error:
+            except (CorruptCopyError, UnsafePathError, FileNotFoundError) as error:
                 yield name, str(error)
                 continue
             finally:

@@ -208,7 +208,8 @@ def read_train_state(folder: Path, fs: FileSystem) -> dict[str, int | float | bo
     for name, kind in _COUNTERS.items():
         value = stored.get(name, 0) if isinstance(stored, dict) else None
         number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        if not isinstance(number, int | float) or (kind is int and number != int(number)):
+        whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
+        if not isinstance(number, int | float) or (kind is not float and not whole):
             raise CorruptCopyError(f"{path} has {str(value)[:40]} for {name}, which is no counter.")
         counters[name] = kind(number)
     return counters

@@ -41,6 +41,9 @@ def read_loader(folder: Path, fs: FileSystem, dp_rank: int, dp_size: int) -> tup
     CorruptCopyError if the file is there and holds anything but tensors and plain values in the known form.
     """
     for place in (folder / LOADER_FOLDER, folder, folder.parent / LOADER_FOLDER / folder.name):
+        found = fs.stat(place)
+        if found is None or not found.is_dir:  # nothing, or a link that leads elsewhere
+            continue
         there = sorted(int(match[1]) for name in fs.list_dir(place) if (match := _NAME.fullmatch(name)))
         if not there:
             continue

@@ -6,6 +6,7 @@ Everything here is a whole `torch.save` archive: one tensor, or one list that ho
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterable
 from typing import IO, Any, cast
 
@@ -48,14 +49,28 @@ def saved_bytes(stored: Any) -> bytes:
 
 
 def read_archive(content: memoryview, what: str) -> Any:
-    """What was saved, tensors on the CPU. Nothing but tensors and plain values is admitted: CorruptCopyError."""
+    """What was saved, tensors on the CPU. Nothing but tensors and plain values is admitted: CorruptCopyError.
+
+    Nor is anything that would need more memory than it has bytes: no entry may be compressed.
+    """
     try:
+        _refuse_what_swells(content)
         return torch.load(cast(IO[bytes], _ViewReader(content)), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CorruptCopyError(
             f"{what} is refused: {str(error)[:300] or type(error).__name__}.",
             advice="It is damaged, or holds something else than tensors and plain values.",
         ) from error
+
+
+def _refuse_what_swells(content: memoryview) -> None:
+    """`torch.save` stores entries as they are; a few compressed bytes could unfold to any size."""
+    with zipfile.ZipFile(cast(IO[bytes], _ViewReader(content))) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
+        raise ValueError("it has compressed entries")
+    if sum(entry.file_size for entry in entries) > len(content):
+        raise ValueError("its entries claim more bytes than it has")
 
 
 class _Pieces:

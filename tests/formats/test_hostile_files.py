@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pickle
+import resource
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,14 @@ from torch.distributed.checkpoint.metadata import (
 from resilience.errors import CorruptCopyError, UnsafePathError
 from resilience.formats.dcp_metadata import parse_metadata
 from resilience.formats.directory import damaged_files
+from resilience.formats.folder_files import read_train_state
+from resilience.formats.loader_files import encode_loader, read_loader
 from resilience.formats.protocol import Target
 from resilience.formats.registry import checkpoint_format, foreign_problem
+from resilience.formats.torch_archive import read_archive, saved_bytes
 from resilience.formats.torch_dist_reader import TorchDistReader
 from resilience.stores.filesystem import PosixFileSystem
-from resilience.stores.trackers import step_of
+from resilience.stores.trackers import read_tracker, step_of
 from tests.formats.worlds import save, whole
 
 FS = PosixFileSystem()
@@ -243,3 +249,99 @@ def test_a_foreign_folder_says_what_it_lacks(tmp_path: Path, files: dict[str, by
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     assert words in foreign_problem(tmp_path, FS)
+
+
+def test_common_pt_that_would_run_something_is_refused(folder: Path, tmp_path: Path) -> None:
+    torch.save({"iteration": 7, "content_metadata": Bomb(tmp_path / "ran")}, folder / "common.pt")
+    with pytest.raises(CorruptCopyError, match=r"common\.pt is refused"):
+        _ = TorchDistReader(folder, FS).common
+    assert not (tmp_path / "ran").exists()
+
+
+def test_train_state_pt_that_would_run_something_is_refused(folder: Path, tmp_path: Path) -> None:
+    torch.save({"step": torch.tensor(7), "do_train": Bomb(tmp_path / "ran")}, folder / "train_state.pt")
+    with pytest.raises(CorruptCopyError, match=r"train_state\.pt is refused"):
+        read_train_state(folder, FS)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("counter", [torch.zeros(3), "7", None, torch.tensor(1.5), torch.tensor(float("nan"))])
+def test_a_counter_that_is_none_is_refused(folder: Path, counter: object) -> None:
+    torch.save({"step": torch.tensor(7), "consumed_train_samples": counter}, folder / "train_state.pt")
+    with pytest.raises(CorruptCopyError, match="for consumed_train_samples, which is no counter"):
+        read_train_state(folder, FS)
+
+
+def test_counters_in_wider_types_are_read_and_those_that_are_absent_are_zero(folder: Path) -> None:
+    stored = {"step": torch.tensor(7), "floating_point_operations_so_far": torch.tensor(1e30, dtype=torch.float64)}
+    torch.save(stored, folder / "train_state.pt")
+    counters = read_train_state(folder, FS)
+    assert counters is not None
+    assert (counters["step"], counters["floating_point_operations_so_far"]) == (7, 1e30)
+    assert (counters["skipped_train_samples"], counters["do_valid"]) == (0, False)
+    (folder / "train_state.pt").unlink()
+    assert read_train_state(folder, FS) is None
+
+
+@pytest.mark.parametrize("name", ["latest_train_state.pt", "latest_checkpointed_iteration.txt"])
+def test_a_tracker_that_would_run_something_is_not_believed_and_said(tmp_path: Path, name: str) -> None:
+    torch.save({"step": Bomb(tmp_path / "ran")}, tmp_path / name)
+    tracker = read_tracker(tmp_path, FS)
+    assert tracker.names is None
+    assert name in tracker.notes[0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_archive_that_unfolds_to_more_than_it_has_is_refused_before_it_does(tmp_path: Path) -> None:
+    small = io.BytesIO()
+    torch.save(torch.zeros(4), small)
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(small) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            target.writestr(entry.filename, bytes(1 << 28) if entry.filename.endswith("data/0") else content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptCopyError, match="compressed"):
+        read_archive(memoryview(bomb.getvalue()), "it")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17, "in KiB"
+
+
+def test_an_archive_whose_tensor_claims_more_elements_than_it_has_is_refused() -> None:
+    honest = io.BytesIO()
+    torch.save(torch.arange(4), honest)
+    lying = io.BytesIO()
+    with zipfile.ZipFile(honest) as source, zipfile.ZipFile(lying, "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = content.replace(b"K\x04", b"J\x00\x00\x00\x01")  # 16,777,216 elements
+            target.writestr(entry.filename, content)
+    with pytest.raises(CorruptCopyError, match="refused"):
+        read_archive(memoryview(lying.getvalue()), "it")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", pickle.dumps([1]), b"\0" * 1000])
+def test_what_is_no_archive_is_refused(content: bytes) -> None:
+    with pytest.raises(CorruptCopyError, match="it is refused"):
+        read_archive(memoryview(content), "it")
+
+
+def test_a_sub_folder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    path, outside = tmp_path / "iter_0000007", tmp_path / "outside"
+    save(path, lambda rank: [], files={0: {"tokenizer/vocab.txt": b"a"}})
+    (path / "tokenizer").rename(outside)
+    (path / "tokenizer").symlink_to(outside)
+    with pytest.raises(CorruptCopyError, match="a link is not followed"):
+        TorchDistReader(path, FS).verify()
+    (path / "dataloader_state").symlink_to(outside)
+    (outside / "train_dataloader_dprank000.pt").write_bytes(encode_loader(1))
+    assert read_loader(path, FS, 0, 1) == (None, "the checkpoint has none")
+
+
+@given(st.data())
+def test_no_flipped_byte_of_an_archive_raises_anything_but_our_error(data: st.DataObject) -> None:
+    content = bytearray(saved_bytes([{"values": "{}", "tensors": {"a": torch.arange(3)}}]))
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[position] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(CorruptCopyError):
+        read_archive(memoryview(bytes(content)), "it")
