@@ -125,9 +125,13 @@ class _RankFile:
 
     def _pieces(self) -> Iterator[memoryview]:
         yield from self._object(self._own_key, self._own())
+        made: dict[int, bytes] = {}  # a hyperparameter is one object, stored for each of a group's parameters
         for path, stored in self._beside.items():
-            if not isinstance(stored, torch.Tensor):
-                yield from self._object(_joined(path), [memoryview(saved_bytes(stored))])
+            if isinstance(stored, torch.Tensor):
+                continue
+            if id(stored) not in made:
+                made[id(stored)] = saved_bytes(stored)
+            yield from self._object(_joined(path), [memoryview(made[id(stored)])])
         for path, stored in self._beside.items():
             if isinstance(stored, torch.Tensor):
                 yield from self._tensor(_joined(path), stored, tuple(stored.shape), (0,) * stored.dim())

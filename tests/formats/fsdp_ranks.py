@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,15 @@ def load_with_plain_dcp(rank: int, folder: str) -> tuple[Whole, Whole, dict[str,
     return whole(model.state_dict()), whole({name: each["exp_avg"] for name, each in moments.items()}), told
 
 
-def train_and_save(rank: int, root: str, steps: int, resume: bool = True) -> tuple[Whole, Whole, int]:
+def train_and_save(
+    rank: int, root: str, steps: int, resume: bool = True, options: Mapping[str, Any] | None = None
+) -> tuple[Whole, Whole, int]:
     """Resume from `root`, train to `steps` iterations and save there."""
     model = sharded_model(seed=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
-    checkpoint = CheckpointConfig(save=root, load=root if resume else None, ckpt_format="fsdp_dtensor")
+    load = root if resume else None
+    checkpoint = CheckpointConfig(save=root, load=load, ckpt_format="fsdp_dtensor", **options or {})
     resiliency = ResiliencyConfig(node_id="node", memory_dir=str(Path(root).parent / "memory"))
     with ResilientTrainer(
         model, optimizer, scheduler=scheduler, checkpoint=checkpoint, resiliency=resiliency

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from resilience import load_checkpoint
 from resilience.errors import CorruptCopyError
 from resilience.formats.fsdp_dtensor_keys import nested_path, stored_key, tree_keys
 from resilience.formats.protocol import Target
-from resilience.formats.registry import foreign_problem, format_name, open_checkpoint
+from resilience.formats.registry import foreign_problem, format_name, open_checkpoint, stored_items
 from resilience.stores.filesystem import PosixFileSystem
 from tests.cli.stores import ask_json
 from tests.core.test_survive import with_fsdp
@@ -53,6 +58,16 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "iter_0000007"
     save(path, chunks, world_size=2, values=tree, common=COMMON, form="fsdp_dtensor")
     return path
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -240,12 +255,57 @@ def test_ours_reads_what_plain_dcp_saved_on_another_number_of_ranks(tmp_path: Pa
 def test_a_resume_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_mount: Path) -> None:
     world = World(memory_mount, tmp_path)
     fields = {"kind": None, "save": True, "make": with_fsdp}
-    options = {"ckpt_format": "fsdp_dtensor", "save_interval": 4, "load": str(tmp_path / "save")}
+    options = {"ckpt_format": "fsdp_dtensor", "save_interval": 3, "load": str(tmp_path / "save")}
+    options["ckpt_assume_constant_structure"] = True  # iteration 6 is stored by the plan of iteration 3
     values(world.run(world.plan("a", "b", steps=7, checkpoint=options, **fields)))
-    assert format_name(tmp_path / "save" / "iter_0000004", FS) == "fsdp_dtensor"
-    resumed = values(world.run(world.plan("a", "b", steps=12, checkpoint={**options, "ckpt_step": 4}, **fields)))
-    assert [ran.resumed.iteration for ran in resumed] == [4, 4]
+    assert format_name(tmp_path / "save" / "iter_0000006", FS) == "fsdp_dtensor"
+    resumed = values(world.run(world.plan("a", "b", steps=12, checkpoint={**options, "ckpt_step": 6}, **fields)))
+    assert [ran.resumed.iteration for ran in resumed] == [6, 6]
     assert tuple(ran.digest for ran in resumed) == reference(2, 12, with_fsdp)
+
+
+def test_a_resume_on_another_number_of_ranks_has_the_same_model_and_moments(saved: Any, tmp_path: Path) -> None:
+    root, model, moments = saved
+    copied = shutil.copytree(root, tmp_path / "save")
+    for resumed, its_moments, began in values(run_ranks(3, ranks.train_and_save, str(copied), 4)):
+        assert began == 4
+        assert equal(resumed, model)
+        assert equal(its_moments, moments)
+
+
+def test_rng_state_is_rank_0s_in_megatrons_forms(saved: Any, tmp_path: Path) -> None:
+    root, _, _ = saved
+    dcp_to_torch_save(root / "iter_0000004", tmp_path / "whole.pt")
+    (rng,) = torch.load(tmp_path / "whole.pt", weights_only=False)["rng_state"]["(0, 0)"]
+    assert rng.keys() == {"random_rng_state", "np_rng_state", "torch_rng_state"}, "this machine has no GPU"
+    random.Random().setstate(rng["random_rng_state"])
+    np.random.RandomState().set_state(rng["np_rng_state"])
+    torch.Generator().set_state(rng["torch_rng_state"])
+
+
+def test_what_the_save_options_leave_out_is_nowhere(tmp_path: Path) -> None:
+    options = {"save_optim": False, "save_rng": False}
+    values(run_ranks(2, ranks.train_and_save, str(tmp_path / "save"), 1, False, options))
+    folder = tmp_path / "save" / "iter_0000001"
+    sections = {item.key.partition(".")[0] for item in stored_items(folder, FS)}
+    assert sections == {
+        *("model", "checkpoint_version", "iteration", "resilience/common"),
+        *("resilience/shard_0_2", "resilience/shard_1_2"),
+    }
+
+
+def test_a_malicious_object_of_another_program_is_refused_and_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000007"
+    state = {"model": {"w": WEIGHT}, "iteration": 7, "opt_param_scheduler": {"last": Malicious(tmp_path / "ran")}}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    (tmp_path / "ran").unlink(missing_ok=True)
+    reader = open_checkpoint(folder, FS)
+    with pytest.raises(CorruptCopyError, match=r"opt_param_scheduler\.last .* is refused"):
+        reader.common  # noqa: B018
+    assert not (tmp_path / "ran").exists()
+    out = torch.empty(9, 2)
+    reader.read([Target("model/0/w", out, (0, 0))])
+    assert torch.equal(out, WEIGHT), "the model does not need it"
 
 
 def test_a_job_of_plain_tensors_is_refused_at_the_start(tmp_path: Path) -> None:
