@@ -17,6 +17,7 @@ from resilience.assembly import Start, assemble
 from resilience.config import CheckpointConfig, ResiliencyConfig, override_from_env, validate_together
 from resilience.errors import ConfigError, EvictedError, PeerLostError, SaveFailedError, StoppedExit
 from resilience.job import make_communicator, node_identity
+from resilience.job_facts import job_facts
 from resilience.observe.events import EventLog
 from resilience.planning.book import Book, Change
 from resilience.planning.cadence import best_interval
@@ -30,7 +31,6 @@ from resilience.reports import Resume, SaveReport
 from resilience.requests import take_request
 from resilience.runtime.clock import Clock, SystemClock
 from resilience.saving import Saving
-from resilience.state.job_facts import job_facts
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem, PosixFileSystem

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from resilience.errors import ConfigError
+from resilience.job_facts import job_facts
 from resilience.planning.format_fit import JobFacts, check_format
-from resilience.state.job_facts import job_facts
 
 DDP, MEGATRON, FSDP2 = JobFacts("ddp"), JobFacts("megatron_fsdp"), JobFacts("torch_fsdp2")
 DISTRIBUTED = JobFacts("ddp", distributed_optimizer=True)
