@@ -27,6 +27,7 @@ from resilience.replication.communicator import Agreements, SoloAgreements
 from resilience.reports import Resume
 from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.load_plan import LoadPlan
+from resilience.state.main_parameters import StoredWeights, keeps_main_parameters, renew_main_parameters
 from resilience.state.reconcile import reconcile
 from resilience.state.recut import is_cut_alike, recut
 from resilience.state.saved_world import SavedWorld, layout_of, tree_of
@@ -114,7 +115,7 @@ class Stager:
             difference = self._judge(wanted, problem)
             assert wanted is not None, "else there was a problem, and it was raised"
             self._read(wanted)
-            main_weights = self._main_weights(state, wanted.parts)
+            stored_weights = self._stored_weights(state, wanted.parts)
         except PeerFailedError:
             return _not_to_be_called
         finally:
@@ -126,7 +127,8 @@ class Stager:
             with torch.no_grad():
                 torch._foreach_copy_([tensor for _, tensor in wanted.plan.targets], list(wanted.staged))
                 wanted.plan.finish()
-                self._renew_main_parameters(state, wanted.parts, main_weights)
+                for optimizer in state.optimizers if "optimizer" not in wanted.parts else ():
+                    renew_main_parameters(optimizer.optimizer, stored_weights)
             if self._loader_state is not None:
                 state.loader.loader.load_state_dict(self._loader_state)
             return self._resume(difference)
@@ -331,23 +333,20 @@ class Stager:
 
     # -- main parameters of a mixed-precision optimizer ---------------------------------------------------------------
 
-    def _main_weights(self, state: TrainingState, parts: Sequence[str]) -> dict[str, Any] | None:
-        """The model's parameters as they are stored, for `load_main_params_from_ckpt`; None: not asked for.
-
-        In the form of Megatron's state dicts: `model`, or `model0`, `model1`, … for several chunks.
-        """
-        wanted = self._checkpoint.load_main_params_from_ckpt and "optimizer" not in parts
-        if not wanted or self._chosen.weights_only:
+    def _stored_weights(self, state: TrainingState, parts: Sequence[str]) -> StoredWeights | None:
+        """The model's parameters as they are stored, for `load_main_params_from_ckpt`; None: not asked for."""
+        if not self._checkpoint.load_main_params_from_ckpt or "optimizer" in parts or self._chosen.weights_only:
             return None
-        if not any(_renews(optimizer.optimizer) for optimizer in state.optimizers):
+        if not any(keeps_main_parameters(optimizer.optimizer) for optimizer in state.optimizers):
             what = "load_main_params_from_ckpt has no effect: no optimizer keeps main parameters of its own"
-            self._tell("warning", what=what, advice="Megatron's mixed-precision optimizers do (reload_model_params).")
+            self._tell("warning", what=what, advice="A DistributedOptimizer and Megatron's mixed-precision ones do.")
             return None
         live = {item.key: item for item in state.collect(_MODEL_ONLY).items}
-        chunks: dict[str, Any] = {}
+        chunks: dict[str, dict[str, torch.Tensor]] = {}
+        by_parameter: dict[torch.Tensor, torch.Tensor] = {}
         for model in state.models:
-            stored: dict[str, torch.Tensor] = {}
-            for name, _ in model.parameters():
+            stored = chunks.setdefault("model" if len(state.models) == 1 else f"model{model.position}", {})
+            for name, parameter in model.parameters():
                 key = f"{MODEL_PREFIX}{model.position}/{path_component(name)}"
                 reader = self._reader if key in self._reader.index else self._base
                 if reader is None or key not in reader.index:
@@ -358,22 +357,8 @@ class Stager:
                 ]
                 reader.read(pieces)
                 stored[name] = torch.cat([each.out for each in pieces]) if len(pieces) > 1 else pieces[0].out
-            chunks["model" if len(state.models) == 1 else f"model{model.position}"] = stored
-        return chunks
-
-    def _renew_main_parameters(
-        self, state: TrainingState, parts: Sequence[str], main_weights: dict[str, Any] | None
-    ) -> None:
-        """Without the optimizer's state, its main parameters must follow the weights that were loaded.
-
-        Else its first step would put the initial weights back.
-        """
-        if "optimizer" in parts:
-            return
-        for optimizer in state.optimizers:
-            owner: Any = optimizer.optimizer
-            if _renews(owner):
-                owner.reload_model_params(*(() if main_weights is None else (main_weights,)))
+                by_parameter[parameter] = stored[name]
+        return StoredWeights(chunks, by_parameter)
 
     def _resume(self, difference: KeyDifference) -> Resume:
         chosen = self._chosen
@@ -410,11 +395,6 @@ def _staging(
 
 def _not_to_be_called() -> Resume:
     raise LayoutMismatchError("another rank cannot load the elected save.", advice="See that rank's log.")
-
-
-def _renews(optimizer: Any) -> bool:
-    """Whether it keeps main parameters beside the model's, as Megatron's mixed-precision optimizers do."""
-    return callable(getattr(optimizer, "reload_model_params", None))
 
 
 def _part_of(key: str) -> str:

@@ -18,6 +18,7 @@ from resilience.errors import (
     NoUsableSaveError,
 )
 from resilience.observe.events import read_events
+from resilience.state.distributed_optimizer import DistributedOptimizer
 from tests.formats.jobs import Job, Net, equal
 
 more = functools.partial(Net, more=True)
@@ -341,6 +342,27 @@ def test_or_they_are_remade_from_the_checkpoint_in_its_own_precision(root: Path)
     assert equal(second.opt.main, dict(first.model.state_dict())), "not rounded by way of the model"
     third = Job(root, seed=1, optimizer=MainParameters, dtype=LOW, options={"load_optim": False}).run()
     assert equal(third.opt.main, {name: each.to(LOW).float() for name, each in first.model.state_dict().items()})
+
+
+def adam(model: torch.nn.Module) -> DistributedOptimizer:
+    return DistributedOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+
+
+def mains(job: Job) -> dict[str, torch.Tensor]:
+    names = {id(parameter): name for name, parameter in job.model.named_parameters()}
+    parts = {names[id(part.parameter)]: (part.main, part.parameter.shape) for part in job.opt.slices()}
+    return {name: main.detach().view(shape) for name, (main, shape) in parts.items()}
+
+
+@pytest.mark.parametrize("from_checkpoint", [True, False])
+def test_the_same_holds_for_our_distributed_optimizer(root: Path, from_checkpoint: bool) -> None:
+    first = Job(root).run(2)
+    options = {"load_optim": False, "load_main_params_from_ckpt": from_checkpoint}
+    second = Job(root, seed=1, optimizer=adam, dtype=LOW, options=options).run()
+    rounded = {name: each.to(LOW) for name, each in first.model.state_dict().items()}
+    assert equal(second.loaded, rounded)
+    exact = dict(first.model.state_dict())
+    assert equal(mains(second), exact if from_checkpoint else {name: each.float() for name, each in rounded.items()})
 
 
 def test_without_a_mixed_precision_optimizer_that_has_no_effect_and_is_said(root: Path) -> None:
