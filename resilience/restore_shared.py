@@ -105,7 +105,8 @@ class SharedLoader:
             self.tell("warning", what=f"checkpoint of iteration {chosen.save.iteration}: {error}", advice="")
             return strike, lambda _: lambda: _resume(chosen)
         stager = Stager(
-            reader, chosen, self.checkpoint, self._open_base, self.rank, self.peers, self.fs, self.tell
+            reader, chosen, self.checkpoint, self._open_base, self.rank, self.peers, self.fs, self.tell,
+            verify=self.verify,
         )  # fmt: skip
         return [], stager.stage
 

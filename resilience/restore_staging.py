@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_mi
 from resilience.planning.decision import Candidate
 from resilience.replication.communicator import Agreements, SoloAgreements
 from resilience.reports import Resume
+from resilience.restore_targets import index_of, staging, stored_like
 from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.load_plan import LoadPlan
 from resilience.state.main_parameters import StoredWeights, keeps_main_parameters, renew_main_parameters
 from resilience.state.reconcile import reconcile
 from resilience.state.recut import is_cut_alike, recut
 from resilience.state.saved_world import SavedWorld, layout_of, tree_of
-from resilience.state.sharding import block_key, without_block
+from resilience.state.sharding import without_block
 from resilience.state.training_state import PARTS, TrainingState
 from resilience.state.tree import encode, path_component
 from resilience.stores.filesystem import FileSystem
@@ -72,7 +73,11 @@ class _Wanted:
 
 
 class Stager:
-    """One load of one checkpoint on one rank. `open_base` opens the newest checkpoint of `pretrained_checkpoint`."""
+    """One load of one checkpoint on one rank.
+
+    `open_base` opens the newest checkpoint of `pretrained_checkpoint`, whose files are held against their digests if
+    `verify` says so (those of the checkpoint itself were, before).
+    """
 
     def __init__(
         self,
@@ -84,7 +89,10 @@ class Stager:
         peers: Peers,
         fs: FileSystem,
         tell: Callable[..., None],
+        *,
+        verify: bool = True,
     ) -> None:
+        self._verify = verify
         self._reader = reader
         self._chosen = chosen
         self._checkpoint = checkpoint
@@ -151,7 +159,7 @@ class Stager:
             # with the optimizer's state goes the very dtype of its parameters; without it weights are converted
             fitted = reconcile(own.values, here, convert="optimizer" not in parts)
             values, from_live, added = fitted.values, fitted.from_live, fitted.added
-        index = self._index(own, live, state, from_live)
+        index = index_of(self._reader.index, own, live, state, from_live)
         held = set(map(without_block, index))
         lacking = added - held
         from_base = self._look_in_base(lacking, index, live)
@@ -159,7 +167,7 @@ class Stager:
         unexpected = initial - self._adapters(initial, state)
         index |= {key: SavedItem.of(item) for key, item in live.items() if without_block(key) in initial}
         plan = state.plan_load(values, index, parts)
-        staged, targets, base_targets = _staging(plan, index, own, live, from_base, initial)
+        staged, targets, base_targets = staging(plan, index, own, live, from_base, initial)
         asked = {without_block(key) for key in (*(key for key, _ in plan.targets), *live)}
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
 
@@ -232,24 +240,6 @@ class Stager:
             return ()
         return ("dataloader",)
 
-    def _index(
-        self, own: RankState, live: Mapping[str, Item], state: TrainingState, from_live: frozenset[str]
-    ) -> dict[str, SavedItem]:
-        """What the checkpoint holds for this rank, under the dtype that the tree says it has."""
-        index: dict[str, SavedItem] = {}
-        for key, stored in self._reader.index.items():
-            if key not in own.tensors:
-                index |= _saved(key, stored.dtype, stored.global_shape, _live_like(key, live, state))
-        for key, tensor in own.tensors.items():
-            index |= _saved(key, tensor.dtype, tuple(tensor.shape), ())
-        for key, item in live.items():
-            if key in index and without_block(key) in from_live:
-                index[key] = replace(index[key], dtype=item.tensor.dtype)
-            root = item.alias_of
-            if root is not None and key in index and root in index:
-                index[key] = replace(index[key], alias_of=root)  # tied weights are stored once
-        return index
-
     # -- keys that differ ---------------------------------------------------------------------------------------------
 
     def _look_in_base(
@@ -264,7 +254,7 @@ class Stager:
         found = frozenset(lacking) & self._base.index.keys()
         for key in found:
             blocks = blocks_of(key, live)
-            index |= _saved(key, blocks[0].tensor.dtype, self._base.index[key].global_shape, blocks)
+            index |= stored_like(key, blocks[0].tensor.dtype, self._base.index[key].global_shape, blocks)
         return found
 
     def _adapters(self, lacking: Collection[str], state: TrainingState) -> frozenset[str]:
@@ -326,7 +316,8 @@ class Stager:
         if self._base is None or not wanted.base_targets:
             return
         try:
-            self._base.verify(self._base.files(wanted.base_targets))
+            if self._verify:
+                self._base.verify(self._base.files(wanted.base_targets))
             self._base.read(wanted.base_targets)
         except CorruptCopyError as error:  # no reason to strike off the checkpoint that was elected
             raise NoUsableSaveError(f"pretrained_checkpoint cannot be used: {error}") from error
@@ -369,30 +360,6 @@ class Stager:
         )  # fmt: skip
 
 
-def _staging(
-    plan: LoadPlan,
-    index: Mapping[str, SavedItem],
-    own: RankState,
-    live: Mapping[str, Item],
-    from_base: Collection[str],
-    initial: Collection[str],
-) -> tuple[list[torch.Tensor], list[Target], list[Target]]:
-    """A tensor for each of the plan's targets, and which of them are to be filled from where."""
-    staged: list[torch.Tensor] = []
-    targets: list[Target] = []
-    base_targets: list[Target] = []
-    for key, tensor in plan.targets:
-        whole = without_block(key)
-        if whole in initial or key in own.tensors:
-            staged.append(live[key].tensor if whole in initial else own.tensors[key])
-            continue
-        out = torch.empty(tensor.shape, dtype=tensor.dtype)
-        staged.append(out)
-        chosen = base_targets if whole in from_base else targets
-        chosen.append(Target(whole, out, index[key].offsets, index[key].global_shape))
-    return staged, targets, base_targets
-
-
 def _not_to_be_called() -> Resume:
     raise LayoutMismatchError("another rank cannot load the elected save.", advice="See that rank's log.")
 
@@ -405,22 +372,3 @@ def _part_of(key: str) -> str:
 def _few(keys: Collection[str]) -> str:
     shown = ", ".join(sorted(map(stored_key, keys))[:10])
     return f"{shown} and {len(keys) - 10} more" if len(keys) > 10 else shown
-
-
-def _saved(key: str, dtype: torch.dtype, shape: tuple[int, ...], live: Sequence[Item]) -> dict[str, SavedItem]:
-    """A whole tensor, or the parts of it that the live one has on this rank."""
-    if not live or live[0].global_shape != shape:
-        return {key: SavedItem(key, dtype, shape, (0,) * len(shape), shape)}
-    names = [key] if len(live) == 1 else [block_key(key, number) for number in range(len(live))]
-    return {
-        name: SavedItem(name, dtype, shape, item.offsets, tuple(item.tensor.shape))
-        for name, item in zip(names, live, strict=True)
-    }
-
-
-def _live_like(key: str, items: Mapping[str, Item], state: TrainingState) -> Sequence[Item]:
-    """The live tensor itself, or the parameter whose optimizer state this is (it is cut alike), block by block."""
-    parts = key.split("/")
-    if parts[0] == "optimizer" and len(parts) >= 4 and parts[2] == "state":
-        return blocks_of(state.model_key(parts[3]), items)
-    return blocks_of(key, items)

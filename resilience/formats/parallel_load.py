@@ -24,6 +24,7 @@ from resilience.replication.communicator import Agreements
 __all__ = ["PeerFailedError", "Region", "agree", "deal", "read_together"]
 
 _ROUND_BYTES = 64 << 20  # what all members together send in one round
+_LEAST_BYTES = 1 << 20  # of one member in one round: below that, rounds cost more than they carry
 
 
 class PeerFailedError(ResilienceError):
@@ -101,7 +102,7 @@ def read_together(reader: CheckpointReader, targets: Sequence[Target], group: Ag
 def _exchange(streams: Sequence[Sequence[Region]], mine: dict[Region, Target], group: Agreements) -> None:
     """Send this member's stream, and put those of the others where they belong."""
     sizes = [sum(region.nbytes for region in stream) for stream in streams]
-    piece = max(1 << 20, _ROUND_BYTES // group.size)
+    piece = max(_LEAST_BYTES, _ROUND_BYTES // group.size)
     for start in range(0, max(sizes, default=0), piece):
         out = b"".join(bytes(part) for _, part in _parts(streams[group.rank], mine, start, start + piece))
         for member, content in enumerate(group.gather(out)):

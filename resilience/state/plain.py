@@ -1,6 +1,6 @@
 """How values of a training state are given to other programs: as what `torch.load(weights_only=True)` admits.
 
-What it refuses goes as its closest neighbour: numpy arrays and scalars as tensors and numbers, a frozenset as a list, a
+What it refuses goes as its closest neighbour: numpy arrays and scalars as tensors and numbers, sets as lists, a
 defaultdict as a dict.
 """
 
@@ -36,13 +36,18 @@ def plain_parts(values: bytes, parts: Collection[str], tensor_of: Callable[[str]
 
 def _plain(value: Any) -> Any:
     if isinstance(value, OrderedDict):
-        return OrderedDict((_plain(key), _plain(entry)) for key, entry in value.items())
+        return OrderedDict((_key(key), _plain(entry)) for key, entry in value.items())
     if isinstance(value, dict):
-        return {_plain(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | frozenset):
+        return {_key(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | set | frozenset):
         return [_plain(entry) for entry in value]
     if type(value) is tuple:
         return tuple(_plain(entry) for entry in value)
     if isinstance(value, np.generic):
         return value.item()
     return value
+
+
+def _key(key: Any) -> Any:
+    """A key stays hashable: a frozenset becomes a tuple."""
+    return tuple(_key(part) for part in key) if isinstance(key, frozenset | tuple) else key

@@ -1,0 +1,89 @@
+"""Which stored tensor, or part of one, belongs to which key of the live state, and a place to read each into.
+
+A tensor that is whole in the checkpoint is cut as its live counterpart is on this rank; optimizer state is cut as its
+parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from resilience.formats.protocol import RankState, StoredTensor, Target
+from resilience.state.items import Item, SavedItem, blocks_of
+from resilience.state.load_plan import LoadPlan
+from resilience.state.sharding import block_key, without_block
+from resilience.state.training_state import TrainingState
+
+__all__ = ["index_of", "staging", "stored_like"]
+
+
+def index_of(
+    stored_tensors: Mapping[str, StoredTensor],
+    own: RankState,
+    live: Mapping[str, Item],
+    state: TrainingState,
+    from_live: Collection[str],
+) -> dict[str, SavedItem]:
+    """What a checkpoint holds for this rank, by key, under the dtype that the tree says it has.
+
+    `from_live`: the keys whose description in the tree is the live one's.
+    """
+    index: dict[str, SavedItem] = {}
+    for key, stored in stored_tensors.items():
+        if key not in own.tensors:
+            index |= stored_like(key, stored.dtype, stored.global_shape, _live_like(key, live, state))
+    for key, tensor in own.tensors.items():
+        index |= stored_like(key, tensor.dtype, tuple(tensor.shape), ())
+    for key, item in live.items():
+        if key in index and without_block(key) in from_live:
+            index[key] = replace(index[key], dtype=item.tensor.dtype)
+        root = item.alias_of
+        if root is not None and key in index and root in index:
+            index[key] = replace(index[key], alias_of=root)  # tied weights are stored once
+    return index
+
+
+def staging(
+    plan: LoadPlan,
+    index: Mapping[str, SavedItem],
+    own: RankState,
+    live: Mapping[str, Item],
+    from_base: Collection[str],
+    initial: Collection[str],
+) -> tuple[list[torch.Tensor], list[Target], list[Target]]:
+    """A tensor for each of the plan's targets, and which of them are to be filled from where."""
+    staged: list[torch.Tensor] = []
+    targets: list[Target] = []
+    base_targets: list[Target] = []
+    for key, tensor in plan.targets:
+        whole = without_block(key)
+        if whole in initial or key in own.tensors:
+            staged.append(live[key].tensor if whole in initial else own.tensors[key])
+            continue
+        out = torch.empty(tensor.shape, dtype=tensor.dtype)
+        staged.append(out)
+        chosen = base_targets if whole in from_base else targets
+        chosen.append(Target(whole, out, index[key].offsets, index[key].global_shape))
+    return staged, targets, base_targets
+
+
+def stored_like(key: str, dtype: torch.dtype, shape: tuple[int, ...], live: Sequence[Item]) -> dict[str, SavedItem]:
+    """A whole tensor, or the parts of it that the live one has on this rank."""
+    if not live or live[0].global_shape != shape:
+        return {key: SavedItem(key, dtype, shape, (0,) * len(shape), shape)}
+    names = [key] if len(live) == 1 else [block_key(key, number) for number in range(len(live))]
+    return {
+        name: SavedItem(name, dtype, shape, item.offsets, tuple(item.tensor.shape))
+        for name, item in zip(names, live, strict=True)
+    }
+
+
+def _live_like(key: str, items: Mapping[str, Item], state: TrainingState) -> Sequence[Item]:
+    """The live tensor itself, or the parameter whose optimizer state this is (it is cut alike), block by block."""
+    parts = key.split("/")
+    if parts[0] == "optimizer" and len(parts) >= 4 and parts[2] == "state":
+        return blocks_of(state.model_key(parts[3]), items)
+    return blocks_of(key, items)
