@@ -22,7 +22,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["PRELOAD", "Outcome", "killed", "run_ranks", "values"]
+__all__ = ["PRELOAD", "TIMEOUT_S", "Outcome", "killed", "run_ranks", "values"]
 
 #: `torch._dynamo` is what making an optimizer imports: 1.2 s of a process, if each pays for itself.
 PRELOAD = [
@@ -32,6 +32,8 @@ PRELOAD = [
     "resilience.trainer",
     "resilience.replication.gloo",
 ]
+#: Nothing is expected to come near it, on a machine that is busy with other things: only what hangs runs into it.
+TIMEOUT_S = 120.0
 _WORLD_TIMEOUT_S = 60  # of the training's own collectives
 
 Environment = Mapping[str, str] | Callable[[int], Mapping[str, str]]
@@ -54,13 +56,14 @@ def run_ranks(
     work: Callable[..., Any],
     *args: Any,
     env: Environment | None = None,
-    timeout_s: float = 60.0,
+    timeout_s: float = TIMEOUT_S,
     distributed: bool = True,
+    until: Sequence[int] = (),
 ) -> list[Outcome]:
     """Run `work(rank, *args)` in `size` processes; `work` is importable, arguments and results are picklable.
 
-    A rank that is still running after `timeout_s` is killed, and its outcome says so: `TimeoutError`. Not
-    `distributed`: torch.distributed is left alone.
+    A rank that is still running after `timeout_s` is killed, and its outcome says so: `TimeoutError`. So is, once the
+    ranks of `until` have ended, every other one. Not `distributed`: torch.distributed is left alone.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -77,7 +80,10 @@ def run_ranks(
         there.close()
         running.append((process, here))
     try:
-        return [_outcome(process, end, began + timeout_s, began) for process, end in running]
+        deadline = began + timeout_s
+        outcomes = {rank: _outcome(*running[rank], deadline, began) for rank in until or range(size)}
+        now = time.monotonic()
+        return [outcomes.get(rank) or _outcome(*running[rank], now, began) for rank in range(size)]
     finally:
         for process, _ in running:
             if process.is_alive():

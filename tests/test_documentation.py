@@ -62,31 +62,34 @@ def test_every_command_has_a_section(repository: Path) -> None:
     assert {command.name for command in COMMANDS} <= headings
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_the_first_script_resumes_to_the_bit_when_it_is_killed(repository: Path, tmp_path: Path) -> None:
     text = (repository / "docs" / "getting-started.md").read_text(encoding="utf-8")
     script = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     assert "train_iters=10_000" in script
     assert "/dev/shm/first-run" in script
     script = script.replace("train_iters=10_000", "train_iters=1200")
+    assert "        loss.backward()\n" in script
 
-    def start(where: Path) -> subprocess.Popen[str]:
+    def start(where: Path, in_each_step: str = "") -> subprocess.Popen[str]:
         where.mkdir(exist_ok=True)
-        (where / "train.py").write_text(script.replace("/dev/shm/first-run", str(where / "local")), encoding="utf-8")
+        here = script.replace("/dev/shm/first-run", str(where / "local"))
+        here = here.replace("        loss.backward()\n", f"        loss.backward()\n{in_each_step}")
+        (where / "train.py").write_text(here, encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, "train.py"], cwd=where, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    undisturbed = start(tmp_path / "undisturbed").communicate(timeout=60)[0]
-    killed = start(tmp_path / "killed")
-    until = time.monotonic() + 60
+    undisturbed = start(tmp_path / "undisturbed").communicate(timeout=100)[0]
+    killed = start(tmp_path / "killed", "        __import__('time').sleep(0.1)\n")  # it is not to end before that
+    until = time.monotonic() + 100
     while not list(tmp_path.glob("killed/local/*/*/iter_*/*/complete.json")) and time.monotonic() < until:
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=20)
-    again, told = start(tmp_path / "killed").communicate(timeout=60)
+    killed.communicate(timeout=60)
+    again, told = start(tmp_path / "killed").communicate(timeout=100)
     assert killed.returncode == -signal.SIGKILL, "it ended before it was killed"
     assert "resumed at iteration" in told
     assert again == undisturbed != ""

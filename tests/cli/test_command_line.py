@@ -19,7 +19,7 @@ from tests.stores.test_shared_store import owned, publish
 
 def python(*words: object, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=60, check=False, **more
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=200, check=False, **more
     )
 
 
@@ -122,7 +122,7 @@ def test_a_reader_that_has_read_enough_does_no_harm(tmp_path: Path) -> None:
         ["bash", "-c", f"{sys.executable} {words} | head -1; echo ${{PIPESTATUS[0]}}"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert done.stdout.split() == ["{", "0"]
@@ -144,7 +144,7 @@ def test_the_completion_script_is_valid_and_knows_every_option(capsys: Any, tmp_
     script.write_text(
         answer.out + '\nCOMP_WORDS=(resilience prune --keep); COMP_CWORD=2; _resilience; echo "${COMPREPLY[@]}"\n'
     )
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.split() == ["--keep-last", "--keep-persistent"], done.stderr
 
 

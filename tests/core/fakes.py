@@ -21,7 +21,7 @@ SEND_TAGS = {"opening": 1, "segment": 2, "closing": 3}
 class Wire:
     """All mailboxes of a world. `alter(sender, receiver, tag, content)` may change what is carried, or drop it."""
 
-    timeout_s: float = 10.0
+    timeout_s: float = 60.0
     alter: Callable[[int, int, int, torch.Tensor], torch.Tensor | None] = lambda *carried: carried[3]
     boxes: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = field(default_factory=dict)
 

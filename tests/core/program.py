@@ -49,7 +49,7 @@ def main() -> None:
     act, _, whom = what.partition("@")
     acts = () if ACTS[act] is None else (Act(5, ACTS[act], int(whom) if whom else None),)
     make = slow_exchange if len(names) > 1 else None
-    Training(int(rank), Plan(memory, disk, names, every=2, acts=acts, make=make)).run()
+    Training(int(rank), Plan(memory, disk, names, every=2, acts=acts, make=make, paced=False)).run()
     if len(names) > 1:
         dist.destroy_process_group()
 

@@ -52,7 +52,7 @@ def test_a_cap_far_below_a_segment_a_bound_is_kept_and_breaks_nothing(memory_mou
 
 
 def test_training_under_a_cap_that_cannot_keep_up_says_so_and_ends_in_the_same_bits(world: World) -> None:
-    plan = world.plan("a", "b", steps=24, resiliency={"replication_bytes_per_s": 100_000})
+    plan = world.plan("a", "b", steps=24, paced=False, resiliency={"replication_bytes_per_s": 100_000})
     results = values(world.run(plan))
     assert tuple(ran.digest for ran in results) == reference(2, 24)
     assert not world.events("replication_down")
@@ -64,7 +64,7 @@ def test_training_under_a_cap_that_cannot_keep_up_says_so_and_ends_in_the_same_b
 
 
 def test_a_peer_whose_exchange_is_slow_is_waited_for_far_beyond_the_bound(world: World) -> None:
-    plan = world.plan("a", "b", settle=(6,), make=late_on_rank_1, resiliency={"exchange_timeout_s": 1.0})
+    plan = world.plan("a", "b", settle=(6,), make=late_on_rank_1, resiliency={"exchange_timeout_s": 2.0})
     values(world.run(plan))
     assert not world.events("replication_down")
     assert {6, 9, 12} <= {event["iteration"] for event in world.events("protected", rank=0)}
@@ -72,7 +72,7 @@ def test_a_peer_whose_exchange_is_slow_is_waited_for_far_beyond_the_bound(world:
 
 def late_on_rank_1(training: Training) -> None:
     if training.rank == 1:
-        before_the_exchange_of_6(lambda: time.sleep(4))
+        before_the_exchange_of_6(lambda: time.sleep(6))  # three bounds
 
 
 @pytest.mark.long  # a peer that lives is given up after ten bounds

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from resilience import ResiliencyController
+from resilience.replication.clique import CliqueExchange
 from resilience.state.training_state import TrainingState
-from tests.core.training import Plan, Training, World
+from tests.core.training import WAIT_S, Plan, Training, World
 from tests.ranks import run_ranks, values
+
+REPORTED = threading.Event()  # of this process: the first report of a save is there
+
+
+def exchanges_once_reported(training: Training) -> None:
+    run = CliqueExchange.run
+
+    def late(self: CliqueExchange, offer: Any, inbox: Any) -> Any:
+        REPORTED.wait(WAIT_S)
+        return run(self, offer, inbox)
+
+    CliqueExchange.run = late  # type: ignore[method-assign]
 
 
 def own_loop(rank: int, plan: Plan) -> dict[str, Any]:
@@ -20,6 +34,8 @@ def own_loop(rank: int, plan: Plan) -> dict[str, Any]:
     for iteration in range(first + 1, first + 8):
         training.step(state.loader.next_batch())
         reports[iteration] = controller.after_step(iteration)
+        if reports[iteration] is not None:
+            REPORTED.set()
         if iteration == first + 5:
             reports["asked"] = controller.save(iteration, "non_persistent")
             reports["again"] = controller.save(iteration, "non_persistent")
@@ -47,7 +63,7 @@ def test_a_synchronous_save_is_protected_when_the_call_returns(world: World) -> 
 
 
 def test_a_background_save_is_pending_when_the_call_returns_and_resumed_from_later(world: World) -> None:
-    first = values(run_ranks(2, own_loop, world.plan("a", "b")))
+    first = values(run_ranks(2, own_loop, world.plan("a", "b", make=exchanges_once_reported)))
     assert all(told["reports"][3].state == "pending" for told in first)
     assert all(told["resumed"] is None for told in first)
     second = values(run_ranks(2, own_loop, world.plan("a", "b", seed=1)))

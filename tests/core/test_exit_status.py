@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.training import World
+from tests.ranks import TIMEOUT_S
 
 
 def start(world: World, repository: Path, rank: int, nodes: str, act: str, **env: str) -> subprocess.Popen[str]:
@@ -28,7 +29,7 @@ def ends(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
     told = []
     try:
         for process in processes:
-            _, words = process.communicate(timeout=90)
+            _, words = process.communicate(timeout=TIMEOUT_S)
             told.append((process.returncode, words))
     finally:
         for process in processes:

@@ -17,7 +17,7 @@ from torch import nn
 import resilience.controller
 from resilience.errors import StoreError
 from resilience.stores.filesystem import MappedFile, PosixFileSystem
-from tests.core.training import Act, Training, World, reference
+from tests.core.training import Act, Training, World, die, reference
 from tests.ranks import values
 
 
@@ -218,7 +218,7 @@ def with_an_object_on_rank_1(training: Training) -> None:
 
 
 def test_values_that_outgrow_their_room_get_a_larger_file_and_come_back_whole(world: World) -> None:
-    plan = world.plan("a", "b", make=with_a_list, acts=(Act(4, grow, 0), Act(9, die_all)))
+    plan = world.plan("a", "b", make=with_a_list, acts=(Act(4, grow, 0), Act(9, die)), resiliency={"keep_last": 3})
     world.run(replace(plan, settle=(9,)))
     assert len(world.shard("a", 6, 0).read_bytes()) > len(world.shard("a", 3, 0).read_bytes())
     results = values(world.run(replace(plan, acts=(Act(9, note_length),), seed=1)))
@@ -239,14 +239,8 @@ def note_length(training: Training) -> None:
     training.notes.append(len(training.extra["odd"].state))
 
 
-def die_all(training: Training) -> None:
-    from tests.core.training import die
-
-    die(training)
-
-
 def test_optimizer_state_that_appears_late_costs_one_save_and_is_in_the_next(world: World) -> None:
-    plan = world.plan("a", "b", make=freeze_first, acts=(Act(4, unfreeze), Act(10, die_all)), settle=(8, 9))
+    plan = world.plan("a", "b", make=freeze_first, acts=(Act(4, unfreeze), Act(10, die)), settle=(8, 9))
     world.run(plan)
     results = values(world.run(replace(plan, acts=(), settle=(), seed=1, make=unfrozen_from_the_start)))
     assert results[0].resumed.iteration == 9

@@ -56,11 +56,15 @@ def watching(asked: list[str]) -> Iterator[Watchdog]:
 def test_term_to_a_forked_child_ends_the_child_and_leaves_the_parent_alone() -> None:
     asked: list[str] = []
     with watching(asked) as watchdog:
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            time.sleep(10)
+            os.write(writer, b"x")
+            time.sleep(60)
             os._exit(0)
-        time.sleep(0.2)
+        os.read(reader, 1)  # a signal to a child that has not begun would be its parent's
+        os.close(reader)
+        os.close(writer)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
         time.sleep(0.5)
@@ -85,7 +89,7 @@ def test_an_exit_in_a_users_own_handler_after_term_is_no_orderly_end() -> None:
 
 def terminate_here() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    threading.Event().wait(5)
+    threading.Event().wait(60)
 
 
 def exit_with_0() -> None:
@@ -283,7 +287,7 @@ def test_a_checkpoint_without_this_ranks_state_is_damage_or_told_of(tmp_path: Pa
         reader, chosen, CheckpointConfig(), lambda: None, 0, Peers(), FS,
         lambda _, **fields: told.append(fields.get("what", "")),
     )  # fmt: skip
-    state: Any = SimpleNamespace(models=())
+    state: Any = SimpleNamespace(models=(), loader=SimpleNamespace(stateful=False))
     if ours:
         with pytest.raises(CorruptCopyError, match="no state of rank 0"):
             stager._without_rank_state(state, ("model", "optimizer"))

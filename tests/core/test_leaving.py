@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from resilience.requests import leave_request
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.shared_store import SharedStore
-from tests.core.training import RUN, Act, Plan, Training, World, fail, reference, stop, train
-from tests.ranks import Outcome, run_ranks, values
+from tests.core.training import RUN, Act, Plan, Training, World, fail, reference, said, stop, wait_until
+from tests.ranks import TIMEOUT_S, Outcome, run_ranks, values
 
 GRACE = {"term_grace_s": 1.0}
 
@@ -72,13 +71,7 @@ def test_a_signal_to_one_rank_stops_the_job_in_order(world: World, number: signa
 def signalled(training: Training, number: int) -> None:
     os.kill(os.getpid(), number)
     # the thread that hears it is not this one
-    wait_until(lambda: "stop_requested" in Path(training.plan.disk, "events", f"{training.node}.jsonl").read_text())
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not happened() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: "stop" in training.trainer._controller._requests)
 
 
 def test_a_request_left_in_a_nodes_directory_is_heard_once(world: World) -> None:
@@ -93,8 +86,7 @@ def test_a_request_left_in_a_nodes_directory_is_heard_once(world: World) -> None
 def leave(training: Training, what: str) -> None:
     root = Path(training.plan.memory) / training.node / RUN / training.node
     leave_request(root, what, PosixFileSystem())
-    wait_until(lambda: not list(root.glob("request-*")))  # it is looked for four times a second
-    time.sleep(0.1)
+    wait_until(lambda: what in training.trainer._controller._requests)  # it is looked for four times a second
 
 
 def test_term_without_a_boundary_within_the_grace_ends_the_process_without_a_save(world: World) -> None:
@@ -107,7 +99,7 @@ def test_term_without_a_boundary_within_the_grace_ends_the_process_without_a_sav
 
 def term_and_stall(training: Training) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(30)
+    stall(training)
 
 
 def test_term_in_the_middle_of_a_collective_ends_the_process_as_well(world: World) -> None:
@@ -115,14 +107,14 @@ def test_term_in_the_middle_of_a_collective_ends_the_process_as_well(world: Worl
     plan = world.plan(
         "a", "b", acts=(Act(5, wait_for_a_peer_that_does_not_come, 0), Act(5, stall, 1)), resiliency=GRACE
     )
-    first, second = run_ranks(2, train, plan, timeout_s=7)
+    first, second = world.run(plan, until=(0,))
     assert first.status == 143
     assert second.error == "TimeoutError", "the other one was never asked to end"
 
 
 def test_term_ends_a_process_whose_peer_is_gone_one_boundary_later_too(world: World) -> None:
     plan = world.plan("a", "b", acts=(Act(5, term, 0), Act(6, stall, 1)), resiliency=GRACE)
-    first, _ = run_ranks(2, train, plan, timeout_s=7)
+    first, _ = world.run(plan, until=(0,))
     assert first.status == 143
 
 
@@ -132,7 +124,7 @@ def wait_for_a_peer_that_does_not_come(training: Training) -> None:
 
 
 def stall(training: Training) -> None:
-    time.sleep(30)
+    time.sleep(TIMEOUT_S)
 
 
 def test_a_term_that_is_followed_by_a_lost_peer_is_no_orderly_end(world: World) -> None:
@@ -149,15 +141,13 @@ def term(training: Training) -> None:
 def test_a_loop_that_hangs_is_ended_and_says_where_it_hung(world: World) -> None:
     plan = world.plan("a", acts=(Act(5, stall),), resiliency={"hang_timeout_s": 1.0})
     (outcome,) = world.run(plan)
-    assert outcome.status == 1
-    assert outcome.seconds < 20
+    assert outcome.status == 1, "it ended by itself"
     assert world.events("hang")[0]["seconds"] > 1.0
 
 
-def test_the_loops_own_exception_goes_through_unchanged_and_quickly(world: World) -> None:
+def test_the_loops_own_exception_goes_through_unchanged(world: World) -> None:
     (outcome,) = world.run(world.plan("a", acts=(Act(5, fail),)))
     assert (outcome.error, outcome.message) == ("RuntimeError", "the user's own loop failed")
-    assert outcome.seconds < 15
     assert "the user's own loop failed" in world.events("exception")[0]["error"]
 
 
@@ -167,7 +157,6 @@ def test_a_rank_that_leaves_by_exception_does_not_hang_the_others(world: World) 
     first, second = world.run(plan)
     assert second.error == "RuntimeError"
     assert first.error == "PeerLostError"
-    assert first.seconds < 20
     assert not [event for event in world.events("snapshot") if event["iteration"] > 6], "and saves nothing on its way"
 
 
@@ -179,14 +168,14 @@ def train_apart(training: Training) -> None:
 def test_a_stuck_peer_is_waited_for_as_long_as_its_heart_beats(world: World) -> None:
     """A long evaluation on one rank kills nobody."""
     plan = world.plan(
-        "a", "b", make=train_apart, acts=(Act(5, evaluate, rank=1),), resiliency={"exchange_timeout_s": 1.0}
+        "a", "b", make=train_apart, acts=(Act(5, evaluate, rank=1),), resiliency={"exchange_timeout_s": 2.0}
     )
     results = values(world.run(plan))
     assert [ran.iteration for ran in results] == [12, 12]
 
 
 def evaluate(training: Training) -> None:
-    time.sleep(4)
+    time.sleep(6)  # three bounds
 
 
 def test_a_loader_that_ends_early_on_one_rank_frees_the_others_from_a_save(world: World) -> None:
@@ -310,7 +299,7 @@ def test_a_job_stops_in_time_before_its_limit(world: World) -> None:
 
 
 def pause(training: Training) -> None:
-    time.sleep(2.5)  # the limit passes meanwhile
+    wait_until(lambda: said(training, "stop_requested"))  # the limit passes meanwhile
 
 
 def test_restarts_without_progress_go_to_the_next_older_save_and_then_stop(world: World) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import resilience.saving.replicas
 from resilience.replication.clique import CliqueExchange
-from tests.core.training import RUN, Act, Training, World, die, reference
+from tests.core.training import RUN, WAIT_S, Act, Training, World, die, reference, said, wait_until
 from tests.ranks import killed, values
 
 
@@ -61,11 +62,11 @@ def die_before_the_closing_frame(training: Training) -> None:
 
 
 def test_a_save_that_is_still_being_replicated_when_the_next_begins_is_completed_in_order(world: World) -> None:
-    plan = world.plan("a", "b", every=2, steps=8, make=slow_exchange)
+    plan = world.plan("a", "b", every=2, steps=8, make=slow_exchange, paced=False)
     results = values(world.run(plan))
     done = [event["iteration"] for event in world.events("protected", rank=0)]
     assert done == sorted(done)
-    assert {2, 8} <= {event["iteration"] for event in world.events("complete", rank=0)} | {2}
+    assert world.events("complete", rank=0, iteration=8), "the last save waits for those before it"
     assert set(world.copies("a")) == set(world.copies("b"))
     assert world.copies("a")[max(world.copies("a"))] == {0: "primary", 1: "replica"}
     assert results[0].status["failed_saves"] == 0
@@ -73,17 +74,21 @@ def test_a_save_that_is_still_being_replicated_when_the_next_begins_is_completed
 
 
 def slow_exchange(training: Training) -> None:
+    before_each_exchange(lambda: time.sleep(0.3))
+
+
+def before_each_exchange(act: Callable[[], None]) -> None:
     run = CliqueExchange.run
 
-    def slowly(self: CliqueExchange, offer: Any, inbox: Any) -> Any:
-        time.sleep(0.3)
+    def late(self: CliqueExchange, offer: Any, inbox: Any) -> Any:
+        act()
         return run(self, offer, inbox)
 
-    CliqueExchange.run = slowly  # type: ignore[method-assign]
+    CliqueExchange.run = late  # type: ignore[method-assign]
 
 
 def test_when_no_arena_is_free_a_save_is_skipped_on_all_ranks_and_counted(world: World) -> None:
-    plan = world.plan("a", "b", every=1, steps=12, make=stuck_exchange)
+    plan = world.plan("a", "b", every=1, steps=12, make=stuck_exchange, paced=False)
     results = values(world.run(plan))
     assert results[0].status["skipped_saves"] == results[1].status["skipped_saves"] > 0
     told = [[event["iteration"] for event in world.events("save_skipped", rank=rank)] for rank in (0, 1)]
@@ -96,7 +101,7 @@ def test_when_no_arena_is_free_a_save_is_skipped_on_all_ranks_and_counted(world:
 def stuck_exchange(training: Training) -> None:
     """On one rank only: the others must come to the same decisions from what is agreed."""
     if training.rank == 1:
-        slow_exchange(training)
+        before_each_exchange(lambda: wait_until(lambda: training.trainer.status()["skipped_saves"]))
 
 
 @pytest.mark.parametrize(("keep_last", "kept"), [(1, {18}), (2, {15, 18}), (4, {9, 12, 15, 18})])
@@ -157,42 +162,50 @@ def test_a_finished_run_frees_node_memory_if_its_last_save_is_elsewhere(
 
 def test_the_last_persistent_save_waits_for_the_one_before(world: World) -> None:
     plan = world.plan(
-        "a", "b", kind=None, save=True, make=slow_drain, checkpoint={"save_interval": 11, "async_save": True}
-    )
+        "a", "b", kind=None, save=True, make=slow_drain, paced=False,
+        checkpoint={"save_interval": 11, "async_save": True},
+    )  # fmt: skip
     results = values(world.run(plan))
     assert (world.disk / "save" / "iter_0000012").is_dir()
     assert tuple(ran.digest for ran in results) == reference(2)
 
 
 def slow_drain(training: Training) -> None:
+    before_each_drain(lambda: time.sleep(0.7))
+
+
+def before_each_drain(act: Callable[[], None]) -> None:
     from resilience.formats.saver import SharedSaver
 
     run = SharedSaver.run
 
-    def slowly(self: SharedSaver, job: Any, *rest: Any) -> None:
-        time.sleep(0.7)
+    def late(self: SharedSaver, job: Any, *rest: Any) -> None:
+        act()
         run(self, job, *rest)
 
-    SharedSaver.run = slowly  # type: ignore[method-assign]
+    SharedSaver.run = late  # type: ignore[method-assign]
 
 
 def test_a_persistent_save_that_cannot_begin_slides_to_the_next_boundary(world: World) -> None:
     plan = world.plan(
-        "a", "b", kind=None, save=True, make=slow_drain, acts=(Act(5, wait_a_little),),
+        "a", "b", kind=None, save=True, steps=9, make=drains_until_one_slid, paced=False,
         checkpoint={"save_interval": 4, "async_save": True}, resiliency={"keep_persistent": 5},
     )  # fmt: skip
-    values(world.run(replace(plan, steps=9, acts=(Act(8, wait_a_little),))))
+    values(world.run(plan))
     saved = sorted(path.name for path in (world.disk / "save").glob("iter_*"))
     assert saved == ["iter_0000004", "iter_0000009"], "that of 8 slid to 9, which is the last one anyway"
 
 
+def drains_until_one_slid(training: Training) -> None:
+    before_each_drain(lambda: wait_until(lambda: said(training, "save_skipped", iteration=8)))
+
+
 def test_a_snapshot_on_its_way_to_shared_storage_is_not_filled_anew_when_its_copy_is_deleted(world: World) -> None:
     plan = world.plan(
-        "a", "b", every=1, save=True, make=slow_drain, settle=(9,), acts=(Act(9, die),),
+        "a", "b", every=1, save=True, make=drains_until_2_is_pruned, paced=False, settle=(9,), acts=(Act(9, die),),
         checkpoint={"save_interval": 2, "async_save": True}, resiliency={"keep_last": 1},
     )  # fmt: skip
-    slow_steps = tuple(Act(after, wait_a_little) for after in range(2, 8))
-    assert all(map(killed, world.run(replace(plan, acts=(*plan.acts, *slow_steps)))))
+    assert all(map(killed, world.run(plan)))
     pruned = [event["t"] for event in world.events("pruned", iteration=2)]
     drained = [event["t"] for event in world.events("committed", iteration=2, tier="persistent")]
     assert max(pruned) < min(drained), "the copy on the nodes went while the drain was reading it"
@@ -206,8 +219,8 @@ def test_a_snapshot_on_its_way_to_shared_storage_is_not_filled_anew_when_its_cop
     assert tuple(ran.digest for ran in results) == reference(2)
 
 
-def wait_a_little(training: Training) -> None:
-    time.sleep(0.05)
+def drains_until_2_is_pruned(training: Training) -> None:
+    before_each_drain(lambda: wait_until(lambda: len(said(training, "pruned", iteration=2)) == 2))
 
 
 def test_a_run_killed_before_its_last_persistent_save_makes_it_at_the_restart(world: World) -> None:
@@ -226,8 +239,8 @@ def die_in_the_drain(training: Training) -> None:
     from resilience.formats.saver import SharedSaver
 
     def dying(self: SharedSaver, job: Any, *rest: Any) -> None:
-        training.trainer._controller._saving._protect.wait(10)
-        time.sleep(0.3)
+        training.trainer._controller._saving._protect.wait(WAIT_S)
+        training.meet("the drain")
         die(training)
 
     SharedSaver.run = dying  # type: ignore[method-assign]
@@ -316,10 +329,16 @@ def count_what_is_left(training: Training) -> None:
 
     def then_count() -> Any:
         ran = run()
-        names = tuple(sorted(each.name for each in threading.enumerate() if each.name.startswith("resilience")))
+        deadline = time.monotonic() + WAIT_S
+        while (names := background_threads()) and time.monotonic() < deadline:
+            time.sleep(0.01)
         return replace(ran, notes=(names,))
 
     training.run = then_count  # type: ignore[method-assign]
+
+
+def background_threads() -> tuple[str, ...]:
+    return tuple(sorted(each.name for each in threading.enumerate() if each.name.startswith("resilience")))
 
 
 def test_lanes_that_break_are_reported_and_the_save_counts_as_failed(world: World) -> None:

@@ -19,7 +19,7 @@ import resilience.restore
 from resilience.errors import AnotherJobError, StoreError
 from resilience.stores.filesystem import MappedFile, PosixFileSystem
 from tests.core.training import RUN, Act, Plan, Training, World, die, fail, reference, train
-from tests.ranks import killed, run_ranks, values
+from tests.ranks import TIMEOUT_S, killed, run_ranks, values
 
 
 def with_saves_at_3_and_6(world: World, **fields: Any) -> Plan:
@@ -68,7 +68,7 @@ def restore_and_compare(rank: int, plan: Plan) -> dict[str, Any]:
 def test_without_room_for_what_must_be_fetched_all_ranks_hear_why(world: World) -> None:
     again = with_saves_at_3_and_6(world)
     world.lose("b")
-    outcomes = run_ranks(2, restore_and_compare, replace(again, make=no_room_on_rank_1), timeout_s=30)
+    outcomes = run_ranks(2, restore_and_compare, replace(again, make=no_room_on_rank_1))
     first, second = values(outcomes)
     assert second["error"] == "StoreError"
     assert "no space is left" in second["message"]
@@ -148,7 +148,7 @@ class SlowDisk(BrokenDisk):
 
 def slow_disk_on_rank_1(training: Training) -> None:
     broken_disk_on_rank_1(training)
-    resilience.restore._RETRY_UNKNOWN_S = 10.0
+    resilience.restore._RETRY_UNKNOWN_S = 60.0
     if training.rank == 1:
         resilience.controller.PosixFileSystem = SlowDisk
 
@@ -274,7 +274,7 @@ def run_until_told(plan: Plan, writer: int) -> None:
                     time.sleep(5)
                     os._exit(0)
                 os.write(writer, b"x")
-                time.sleep(30)
+                time.sleep(TIMEOUT_S)
     os._exit(0)
 
 

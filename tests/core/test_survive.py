@@ -107,8 +107,7 @@ def test_ranks_that_killed_one_peer_end_within_a_bound_and_resume(world: World) 
     plan = world.plan("a", "b", settle=(6,), acts=(Act(8, die, rank=1),))
     first, second = world.run(plan)
     assert killed(second)
-    assert first.error, "a rank cannot go on alone"
-    assert first.seconds < 30
+    assert first.error not in ("", "TimeoutError"), "a rank cannot go on alone, and ends by itself"
     results = values(world.run(replace(plan, settle=(), acts=(), seed=1)))
     assert results[0].resumed.iteration == 6
     assert ends_as_undisturbed(results)

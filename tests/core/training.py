@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,12 +32,12 @@ from resilience.stores.node_store import NodeStore
 from tests.ranks import Outcome, run_ranks
 
 RUN = "run"
-TIMEOUT_S = 60.0
+WAIT_S = 60.0  # for anything that is sure to come
 
 
 @dataclass(frozen=True)
 class Act:
-    """What `rank` (None: every rank) does between two steps, when iteration `after` is finished."""
+    """What `rank` does between two steps, when iteration `after` is finished. None: every rank, when all are there."""
 
     after: int
     do: Callable[[Training], Any]
@@ -58,6 +59,7 @@ class Plan:
     every: int = 3
     save: bool = False
     settle: tuple[int, ...] = ()  # all ranks wait for outstanding saves when these iterations are finished
+    paced: bool = True  # no step begins before this rank's background work is done; else saves overtake each other
     acts: tuple[Act, ...] = ()
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     resiliency: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +140,8 @@ class Training:
 
     def start(self) -> ResilientTrainer:
         """Collective: elects and restores."""
+        if dist.is_initialized():
+            dist.barrier()  # a bound on a peer's silence is about what comes now, not about who was made first
         self.trainer = ResilientTrainer(
             self.model, self.optimizer, scheduler=self.scheduler, dataloader=self.loader, extra_state=self.extra,
             healthy=self.healthy, checkpoint=self.checkpoint, resiliency=self.resiliency, **self.trainer_arguments,
@@ -152,11 +156,22 @@ class Training:
             return self.report()
 
     def between(self, finished: int) -> None:
+        if self.plan.paced:
+            self.trainer._controller.wait_idle(WAIT_S)
         if finished in self.plan.settle:
             self.trainer.wait()
-        for act in self.plan.acts:
+        for number, act in enumerate(self.plan.acts):
             if act.after == finished and act.rank in (None, self.rank):
+                if act.rank is None:
+                    self.meet(f"{finished}-{number}")
                 act.do(self)
+
+    def meet(self, where: str) -> None:
+        """Until all ranks have come. Through a file: one that leaves and dies at once takes nobody along."""
+        if dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+            store.add(where, 1)
+            wait_until(lambda: store.add(where, 0) == dist.get_world_size())
 
     def step(self, batch: torch.Tensor) -> None:
         self.model(batch).square().mean().backward()
@@ -187,6 +202,24 @@ def train(rank: int, plan: Plan) -> Ran:
 # -- acts -------------------------------------------------------------------------------------------------------------
 
 
+def wait_until(happened: Callable[[], Any]) -> None:
+    """Poll for what is sure to happen; how soon is nobody's business."""
+    deadline = time.monotonic() + WAIT_S
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def said(training: Training, name: str, **fields: Any) -> list[dict[str, Any]]:
+    """The events of that name and these fields that any rank has told so far."""
+    return events_of(Path(training.plan.disk), name, **fields)
+
+
+def events_of(disk: Path, name: str, **fields: Any) -> list[dict[str, Any]]:
+    found = [each for each in read_events([disk / "events"]) if each["event"] == name]
+    return [each for each in found if all(each.get(key) == value for key, value in fields.items())]
+
+
 def die(training: Training) -> None:
     """As `kill -9`: nothing gets to clean up."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -214,7 +247,7 @@ class World:
         return Plan(str(self.memory), str(self.disk), nodes, **fields)
 
     def run(self, plan: Plan, **options: Any) -> list[Outcome]:
-        return run_ranks(len(plan.nodes), train, plan, **{"timeout_s": TIMEOUT_S, **options})
+        return run_ranks(len(plan.nodes), train, plan, **options)
 
     def store(self, node: str, kind: str = "local", run_id: str = RUN) -> NodeStore:
         base = (self.disk if kind == "disk" else self.memory) / node
@@ -248,8 +281,7 @@ class World:
         shutil.rmtree(self.disk / node, ignore_errors=True)
 
     def events(self, name: str, **wanted: Any) -> list[dict[str, Any]]:
-        found = [each for each in read_events([self.disk / "events"]) if each["event"] == name]
-        return [each for each in found if all(each.get(key) == value for key, value in wanted.items())]
+        return events_of(self.disk, name, **wanted)
 
 
 @functools.cache
@@ -257,7 +289,7 @@ def reference(size: int, steps: int = 12, make: Callable[[Training], None] | Non
     """The digests, by rank, of a run that nothing disturbs and nothing saves."""
     plan = Plan("/nonexistent", "/nonexistent", ("alone",) * size, kind=None, steps=steps, make=make)
     plan = replace(plan, resiliency={"events": None})
-    outcomes = run_ranks(size, train, plan, timeout_s=TIMEOUT_S)
+    outcomes = run_ranks(size, train, plan)
     failed = [outcome.trace for outcome in outcomes if outcome.error]
     assert not failed, failed[0]
     return tuple(outcome.value.digest for outcome in outcomes)

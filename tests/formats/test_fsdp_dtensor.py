@@ -29,9 +29,11 @@ from tests.core.test_survive import with_fsdp
 from tests.core.training import World, reference
 from tests.formats import fsdp_ranks as ranks
 from tests.formats.worlds import rows, save, whole
-from tests.ranks import run_ranks, values
+from tests.ranks import Outcome, run_ranks, values
 
+pytestmark = pytest.mark.timeout(600)
 FS = PosixFileSystem()
+BOUND_S = 280.0  # of a world of ranks: no matter how busy the machine is
 WEIGHT = torch.arange(18.0).view(9, 2)
 STEP = torch.tensor(3.0)
 COMMON = {
@@ -150,7 +152,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 dcp_to_torch_save({str(folder)!r}, {str(tmp_path / "whole.pt")!r})
 assert not any(name.split(".")[0] == "resilience" for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=100)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=200)
     state = torch.load(tmp_path / "whole.pt", weights_only=True)
     assert torch.equal(state["model"]["a.weight"], WEIGHT)
     moments = state["optimizer"]["state"]["a.weight"]
@@ -202,6 +204,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def on_ranks(size: int, work: Any, *args: Any) -> list[Outcome]:
+    return run_ranks(size, work, *args, timeout_s=BOUND_S)
+
+
 def parameters(entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in entries.items() if name.endswith(("weight", "bias"))}
 
@@ -210,7 +216,7 @@ def parameters(entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A checkpoint of two ranks' FSDP2 training, and the whole model and first moments that it is of."""
     root = tmp_path_factory.mktemp("fsdp") / "save"
-    (model, moments, _), _ = values(run_ranks(2, ranks.train_and_save, str(root), 4))
+    (model, moments, _), _ = values(on_ranks(2, ranks.train_and_save, str(root), 4))
     return root, model, moments
 
 
@@ -218,7 +224,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
 def test_plain_dcp_reads_ours_on_another_number_of_ranks(saved: Any, size: int) -> None:
     root, model, moments = saved
     for whole_model, whole_moments, told in values(
-        run_ranks(size, ranks.load_with_plain_dcp, str(root / "iter_0000004"))
+        on_ranks(size, ranks.load_with_plain_dcp, str(root / "iter_0000004"))
     ):
         # the buffers of rank 0, which every rank has for itself
         assert equal(whole_model, model)
@@ -234,7 +240,7 @@ def test_plain_dcp_reads_ours_on_another_number_of_ranks(saved: Any, size: int) 
 @pytest.mark.parametrize("wrapper", ["", "module.module."])
 def test_ours_reads_what_plain_dcp_saved_on_another_number_of_ranks(tmp_path: Path, wrapper: str) -> None:
     folder = tmp_path / "other" / "iter_0000007"
-    (model, moments), *_ = values(run_ranks(3, ranks.save_with_plain_dcp, str(folder), wrapper))
+    (model, moments), *_ = values(on_ranks(3, ranks.save_with_plain_dcp, str(folder), wrapper))
     reader = open_checkpoint(folder, FS)
     for start, stop in ((0, 5), (5, 9)):  # the rows of two ranks
         for name, expected in (("model/0/0.weight", model), ("optimizer/0/state/0.weight/exp_avg", moments)):
@@ -247,7 +253,7 @@ def test_ours_reads_what_plain_dcp_saved_on_another_number_of_ranks(tmp_path: Pa
         "opt_param_scheduler": {"num_steps": 3, "lr_decay_style": "cosine"},
     }
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("7")
-    for loaded, iteration in values(run_ranks(2, ranks.load_with_trainer, str(folder.parent))):
+    for loaded, iteration in values(on_ranks(2, ranks.load_with_trainer, str(folder.parent))):
         assert iteration == 7
         assert equal(parameters(loaded), parameters(model)), "of buffers that differ DCP stores some rank's"
 
@@ -257,9 +263,10 @@ def test_a_resume_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_moun
     fields = {"kind": None, "save": True, "make": with_fsdp}
     options = {"ckpt_format": "fsdp_dtensor", "save_interval": 3, "load": str(tmp_path / "save")}
     options["ckpt_assume_constant_structure"] = True  # iteration 6 is stored by the plan of iteration 3
-    values(world.run(world.plan("a", "b", steps=7, checkpoint=options, **fields)))
+    values(world.run(world.plan("a", "b", steps=7, checkpoint=options, **fields), timeout_s=BOUND_S))
     assert format_name(tmp_path / "save" / "iter_0000006", FS) == "fsdp_dtensor"
-    resumed = values(world.run(world.plan("a", "b", steps=12, checkpoint={**options, "ckpt_step": 6}, **fields)))
+    again = world.plan("a", "b", steps=12, checkpoint={**options, "ckpt_step": 6}, **fields)
+    resumed = values(world.run(again, timeout_s=BOUND_S))
     assert [ran.resumed.iteration for ran in resumed] == [6, 6]
     assert tuple(ran.digest for ran in resumed) == reference(2, 12, with_fsdp)
 
@@ -267,10 +274,27 @@ def test_a_resume_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_moun
 def test_a_resume_on_another_number_of_ranks_has_the_same_model_and_moments(saved: Any, tmp_path: Path) -> None:
     root, model, moments = saved
     copied = shutil.copytree(root, tmp_path / "save")
-    for resumed, its_moments, began in values(run_ranks(3, ranks.train_and_save, str(copied), 4)):
+    for resumed, its_moments, began in values(on_ranks(3, ranks.train_and_save, str(copied), 4)):
         assert began == 4
         assert equal(resumed, model)
         assert equal(its_moments, moments)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["replicated", "tensor_parallel"])
+def test_what_lies_on_a_mesh_of_two_dimensions_is_stored_once_and_whole(tmp_path: Path, kind: str) -> None:
+    (model, moments), *_ = values(on_ranks(4, ranks.save_on_a_mesh, str(tmp_path / "save"), kind))
+    folder = tmp_path / "save" / "iter_0000002"
+    dcp_to_torch_save(folder, tmp_path / "whole.pt")
+    state = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert equal(state["model"], model)
+    assert equal({name: each["exp_avg"] for name, each in state["optimizer"]["state"].items()}, moments)
+    stored = sum(chunk["shape"][0] * chunk["shape"][1] for chunk in _chunks(folder, "model.0.weight"))
+    assert stored == 60, "nothing is stored by two ranks"
+
+
+def _chunks(folder: Path, key: str) -> Any:
+    return next(item.chunks for item in stored_items(folder, FS) if item.key == key)
 
 
 def test_rng_state_is_rank_0s_in_megatrons_forms(saved: Any, tmp_path: Path) -> None:
@@ -285,7 +309,7 @@ def test_rng_state_is_rank_0s_in_megatrons_forms(saved: Any, tmp_path: Path) -> 
 
 def test_what_the_save_options_leave_out_is_nowhere(tmp_path: Path) -> None:
     options = {"save_optim": False, "save_rng": False}
-    values(run_ranks(2, ranks.train_and_save, str(tmp_path / "save"), 1, False, options))
+    values(on_ranks(2, ranks.train_and_save, str(tmp_path / "save"), 1, False, options))
     folder = tmp_path / "save" / "iter_0000001"
     sections = {item.key.partition(".")[0] for item in stored_items(folder, FS)}
     assert sections == {
@@ -309,7 +333,7 @@ def test_a_malicious_object_of_another_program_is_refused_and_not_run(tmp_path: 
 
 
 def test_a_job_of_plain_tensors_is_refused_at_the_start(tmp_path: Path) -> None:
-    for outcome in run_ranks(2, ranks.start_with_plain_tensors, str(tmp_path / "save")):
+    for outcome in on_ranks(2, ranks.start_with_plain_tensors, str(tmp_path / "save")):
         assert outcome.error == "ConfigError"
         assert 'Use ckpt_format="torch_dist" or "zarr".' in outcome.message
 

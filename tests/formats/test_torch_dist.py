@@ -85,7 +85,7 @@ dcp.load(state, checkpoint_id={str(folder)!r}, no_dist=True)
 assert not any(name.split(".")[0] == "resilience" for name in sys.modules)
 torch.save(state, {str(folder.parent / "loaded.pt")!r})
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=100)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=200)
     loaded = torch.load(folder.parent / "loaded.pt", weights_only=True)
     assert torch.equal(loaded["embedding.weight"], EMBEDDING)
     assert torch.equal(loaded["head.weight"], EMBEDDING), "a tied weight is found under both names"

@@ -29,6 +29,9 @@ def plan_seconds(ranks: int) -> float:
 
 
 def test_electing_and_planning_for_four_times_the_ranks_takes_far_less_than_sixteen_times_as_long() -> None:
-    seconds = {ranks: plan_seconds(ranks) for ranks in (4_096, 16_384)}
-    print({ranks: round(each, 3) for ranks, each in seconds.items()})
-    assert seconds[16_384] <= 8 * seconds[4_096]  # linear is 4, quadratic 16
+    tries = []
+    while not tries or (tries[-1] > 8 and len(tries) < 5):  # a busy machine spoils one measurement, not all
+        seconds = {ranks: plan_seconds(ranks) for ranks in (4_096, 16_384)}
+        print({ranks: round(each, 3) for ranks, each in seconds.items()})
+        tries.append(seconds[16_384] / seconds[4_096])
+    assert min(tries) <= 8, "linear is 4, quadratic 16"

@@ -21,7 +21,7 @@ from resilience.state import TrainingState, state_digest
 from tests.ranks import PRELOAD
 from tests.state.saving import restore, save_of
 
-_TIMEOUT_S = 100
+_TIMEOUT_S = 200
 
 
 def on_ranks(work: Callable[[int], Any], directory: Path, size: int = 2) -> list[Any]:

@@ -295,7 +295,7 @@ def test_a_save_waits_for_the_arena_that_is_being_made_instead_of_making_one_mor
     taken: list[Arena] = []
     lane = threading.Thread(target=lambda: keeper.reserve(0, SIZE, 3, always))
     lane.start()
-    assert fs.asked.acquire(timeout=30)
+    assert fs.asked.acquire(timeout=200)
     save = threading.Thread(target=lambda: taken.append(keeper.take_arena(SIZE, 3, 30.0)))
     save.start()
     save.join(0.2)
@@ -311,7 +311,7 @@ def test_a_save_that_waits_in_vain_for_its_arena_says_so(gated: tuple[ShardKeepe
     keeper, fs = gated
     lane = threading.Thread(target=lambda: keeper.reserve(0, SIZE, 3, always))
     lane.start()
-    assert fs.asked.acquire(timeout=30)
+    assert fs.asked.acquire(timeout=200)
     with pytest.raises(SaveFailedError, match="1 is being made"):
         keeper.take_arena(SIZE, 3, 0.1)
     fs.open.set()
@@ -332,7 +332,7 @@ def test_a_reservation_that_is_no_longer_wanted_leaves_nothing(gated: tuple[Shar
 
     lane = threading.Thread(target=reserve)
     lane.start()
-    assert fs.asked.acquire(timeout=30)
+    assert fs.asked.acquire(timeout=200)
     wanted.clear()
     fs.open.set()
     lane.join(30)

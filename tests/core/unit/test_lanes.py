@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.runtime.worker import Lane
+from tests.core.training import wait_until
 
 
 def test_tasks_run_one_after_the_other_in_the_order_they_came() -> None:
     lane, seen = Lane("test", lambda what, error: None), []
     for number in range(50):
         lane.submit(str(number), lambda number=number: seen.append(number))  # type: ignore[misc]
-    assert lane.wait(5)
+    assert lane.wait(60)
     assert seen == list(range(50))
-    assert lane.close(5)
+    assert lane.close(60)
 
 
 def test_a_task_that_raises_is_told_and_the_next_one_runs() -> None:
@@ -25,22 +25,20 @@ def test_a_task_that_raises_is_told_and_the_next_one_runs() -> None:
     lane = Lane("test", lambda what, error: told.append((what, str(error))))
     lane.submit("breaks", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     lane.submit("goes on", lambda: seen.append(1))
-    assert lane.wait(5)
+    assert lane.wait(60)
     assert told == [("breaks", "division by zero")]
     assert seen == [1]
-    assert lane.close(5)
+    assert lane.close(60)
 
 
 def test_waiting_is_bounded_and_says_whether_all_is_done() -> None:
     release = threading.Event()
     lane = Lane("test", lambda what, error: None)
-    lane.submit("slow", lambda: release.wait(10) and None)
-    began = time.monotonic()
+    lane.submit("slow", lambda: release.wait(60) and None)
     assert not lane.wait(0.1)
     assert not lane.close(0.1), "it did not end in time"
-    assert time.monotonic() - began < 5
     release.set()
-    assert lane.wait(5)
+    assert lane.wait(60)
 
 
 def test_closing_finishes_what_is_queued_and_dropping_only_what_runs() -> None:
@@ -53,14 +51,14 @@ def test_closing_finishes_what_is_queued_and_dropping_only_what_runs() -> None:
             seen: list[int] = seen, running: threading.Event = running, release: threading.Event = release
         ) -> None:
             running.set()
-            release.wait(5)
+            release.wait(60)
             seen.append(1)
 
         lane.submit("first", first)
         lane.submit("second", lambda seen=seen: seen.append(2))  # type: ignore[misc]
-        running.wait(5)
-        threading.Timer(0.1, release.set).start()
-        assert lane.close(5, drop=drop)
+        running.wait(60)
+        threading.Thread(target=lambda: (wait_until(lambda: lane._closing == drop), release.set())).start()  # noqa: B023
+        assert lane.close(60, drop=drop)
         assert seen == expected
 
 
@@ -76,6 +74,6 @@ def test_whatever_fails_every_task_is_finished_once(failing: list[bool]) -> None
 
     for number, fails in enumerate(failing):
         lane.submit("task", lambda number=number, fails=fails: task(number, fails))  # type: ignore[misc]
-    assert lane.wait(5)
+    assert lane.wait(60)
     assert done == list(range(len(failing)))
-    assert lane.close(5)
+    assert lane.close(60)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,21 +23,38 @@ def another_process(work: Callable[[], None]) -> Iterator[int]:
         try:
             work()
             os.write(writer, b"x")
-            time.sleep(20)
+            signal.pause()
         finally:
             os._exit(0)
+    os.close(writer)
     try:
-        assert os.read(reader, 1) == b"x"
+        assert os.read(reader, 1) == b"x", "it failed"
         yield pid
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(reader)
-        os.close(writer)
 
 
 def holds(directory: Path, byte: int) -> Callable[[], None]:
     return lambda: DirectoryLock(directory, byte).acquire()
+
+
+def free(directory: Path, byte: int) -> bool:
+    """Whether another process may take it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 2
+        try:
+            DirectoryLock(directory, byte).acquire()
+            status = 0
+        except AnotherJobError:
+            status = 1
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 1), "it ended in another way"
+    return status == 0
 
 
 def test_a_directory_held_by_a_live_process_is_refused_and_free_once_it_was_killed(tmp_path: Path) -> None:
@@ -53,36 +69,32 @@ def test_a_directory_held_by_a_live_process_is_refused_and_free_once_it_was_kill
 
 
 def test_a_forked_worker_does_not_keep_the_lock_of_its_killed_parent(tmp_path: Path) -> None:
+    reader, writer = os.pipe()  # it lives until nobody has the writing end
+
     def take_and_fork() -> None:
         DirectoryLock(tmp_path, 0).acquire()
         if os.fork() == 0:
-            time.sleep(5)
+            os.close(writer)
+            os.read(reader, 1)
             os._exit(0)
 
     with another_process(take_and_fork):
-        pass
-    DirectoryLock(tmp_path, 0).acquire()
+        assert not free(tmp_path, 0)
+    assert free(tmp_path, 0)
+    os.close(writer)
+    os.close(reader)
 
 
 def test_ranks_of_one_node_hold_a_byte_each_and_a_sweep_needs_all(tmp_path: Path) -> None:
     with another_process(holds(tmp_path, 3)):
-        other = DirectoryLock(tmp_path, 4)
-        other.acquire()
-        other.release()
-        with pytest.raises(AnotherJobError):
-            DirectoryLock(tmp_path, ALL_RANKS).acquire()
-        with pytest.raises(AnotherJobError):
-            DirectoryLock(tmp_path, 3).acquire()
+        assert free(tmp_path, 4)
+        assert not free(tmp_path, 3)
+        assert not free(tmp_path, ALL_RANKS)
     everything = DirectoryLock(tmp_path, ALL_RANKS)
     everything.acquire()
-    with another_process(lambda: _refused(tmp_path, 7)):
-        pass
+    assert not free(tmp_path, 7)
     everything.release()
-
-
-def _refused(directory: Path, byte: int) -> None:
-    with pytest.raises(AnotherJobError):
-        DirectoryLock(directory, byte).acquire()
+    assert free(tmp_path, 7)
 
 
 def test_within_one_process_the_second_taker_is_refused_and_the_first_keeps_its_lock(tmp_path: Path) -> None:
@@ -92,11 +104,12 @@ def test_within_one_process_the_second_taker_is_refused_and_the_first_keeps_its_
         with pytest.raises(AnotherJobError, match="this very process"):
             taker.acquire()
     second.release()  # not held: nothing happens, above all nothing to the first
-    with another_process(lambda: _refused(tmp_path, 0)):
-        pass
+    assert not free(tmp_path, 0)
     first.release()
     second.acquire()
+    assert not free(tmp_path, 0)
     second.release()
+    assert free(tmp_path, 0)
 
 
 def test_giving_one_byte_back_keeps_the_others(tmp_path: Path) -> None:
@@ -104,8 +117,7 @@ def test_giving_one_byte_back_keeps_the_others(tmp_path: Path) -> None:
     first.acquire()
     second.acquire()
     first.release()
-    with another_process(lambda: (_refused(tmp_path, 1), DirectoryLock(tmp_path, 0).acquire())):  # type: ignore[arg-type]
-        pass
+    assert (free(tmp_path, 0), free(tmp_path, 1)) == (True, False)
     second.release()
 
 
@@ -115,8 +127,7 @@ def test_a_failed_attempt_does_not_drop_what_this_process_holds(tmp_path: Path) 
         mine.acquire()
         with pytest.raises(AnotherJobError):
             DirectoryLock(tmp_path, 1).acquire()
-        with another_process(lambda: _refused(tmp_path, 0)):
-            pass
+        assert not free(tmp_path, 0)
     mine.release()
 
 
@@ -133,6 +144,5 @@ def test_looking_who_holds_it_takes_and_drops_nothing(tmp_path: Path) -> None:
     mine = DirectoryLock(tmp_path, 0)
     mine.acquire()
     assert DirectoryLock(tmp_path, ALL_RANKS).holder() == os.getpid()
-    with another_process(lambda: _refused(tmp_path, 0)):
-        pass
+    assert not free(tmp_path, 0)
     mine.release()
