@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from resilience import CheckpointConfig, ResiliencyConfig, ResilientTrainer
 
@@ -24,6 +26,33 @@ def sharded_model(seed: int = 0) -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.BatchNorm1d(9), nn.Linear(9, 1))
     fully_shard(model[0])
     return fully_shard(model)
+
+
+def meshed_model(kind: str) -> nn.Module:
+    """On a mesh of two dimensions: sharded in groups that repeat each other, or tensor-parallel below FSDP."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("outer", "inner"))
+    if kind == "replicated":
+        return fully_shard(model, mesh=mesh)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return fully_shard(parallelize_module(model, mesh["inner"], plan), mesh=mesh["outer"])
+
+
+def save_on_a_mesh(rank: int, root: str, kind: str) -> tuple[Whole, Whole]:
+    """Train two iterations on a two-dimensional mesh, and save."""
+    model = meshed_model(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    checkpoint = CheckpointConfig(save=root, ckpt_format="fsdp_dtensor")
+    resiliency = ResiliencyConfig(node_id="node", memory_dir=str(Path(root).parent / "memory"))
+    with ResilientTrainer(model, optimizer, checkpoint=checkpoint, resiliency=resiliency) as trainer:
+        for number in trainer.iterations(2):
+            batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    moments = {name: state["exp_avg"] for name, state in named_moments(model, optimizer).items()}
+    return whole(model.state_dict()), whole(moments)
 
 
 def whole(tensors: dict[str, Any]) -> Whole:
