@@ -6,6 +6,7 @@ ranks, before any of them reads what it needs (`restore_staging`).
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,9 +112,16 @@ class SharedLoader:
         return [], stager.stage
 
     def _share(self, reader: CheckpointReader) -> list[str]:
-        """Each file that has a digest is read in full by one rank."""
-        names = sorted(read_digests(reader.folder, self.fs) or ())
-        return names[self.rank :: self.world_size]
+        """Each file that has a digest is read in full by one rank, and every rank reads about as many bytes."""
+        lengths = reader.record.files if reader.record is not None else {}
+        names = read_digests(reader.folder, self.fs) or {}
+        loads, mine = [(0, rank) for rank in range(self.world_size)], list[str]()
+        for name in sorted(names, key=lambda name: (-lengths.get(name, 0), name)):
+            load, rank = loads[0]
+            heapq.heapreplace(loads, (load + lengths.get(name, 0) + 1, rank))
+            if rank == self.rank:
+                mine.append(name)
+        return mine
 
     def _open_base(self) -> CheckpointReader | None:
         """The newest checkpoint of `pretrained_checkpoint`; `ckpt_step` never applies to it."""

@@ -121,8 +121,9 @@ def write_own_files(folder: Path, share: RankShare, fs: FileSystem) -> dict[str,
         fs.make_dir((folder / name).parent)
         fs.write_file(folder / name, iter([memoryview(content)]))
         written[name] = _written(content)
-    for inner in {(folder / name).parent for name in written}:
-        fs.fsync_dir(inner)
+    inner = {parent for name in written for parent in (folder / name).parents if parent.is_relative_to(folder)}
+    for each in sorted(inner - {folder}):
+        fs.fsync_dir(each)
     return written
 
 

@@ -16,7 +16,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from resilience import CheckpointConfig, ResiliencyConfig, ResilientTrainer
 from resilience.errors import CorruptCopyError
 from resilience.formats.loader_files import encode_loader, read_loader
+from resilience.formats.registry import open_checkpoint
 from resilience.observe.events import read_events
+from resilience.restore_shared import SharedLoader
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.stores.filesystem import PosixFileSystem
 from tests.formats.jobs import Job, equal
@@ -260,3 +262,19 @@ def test_missing_keys_are_what_no_rank_asks_for(tmp_path: Path) -> None:
     root = str(tmp_path / "a")
     values(run_ranks(2, train, root, 2, {}))
     values(run_ranks(2, train, root, None, {"dist_ckpt_strictness": "raise_all"}))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_file_is_held_against_its_digest_by_one_rank_and_all_read_about_as_much(root: Path, size: int) -> None:
+    Job(root, trainer_arguments={"tokenizer": Tokenizer()}).run(4)
+    folder = root / "iter_0000004"
+    checkpoint = CheckpointConfig(save=str(root))
+    shares = []
+    for rank in range(size):
+        loader = SharedLoader(checkpoint, FS, rank, size, True, lambda *_, **__: None)
+        shares.append(loader._share(open_checkpoint(folder, FS)))
+    listed = [name for share in shares for name in share]
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert sorted(listed) == sorted(there - {"integrity.json"}), "each once"
+    read = [sum((folder / name).stat().st_size for name in share) for share in shares]
+    assert max(read) - min(read) <= max((folder / name).stat().st_size for name in there)
