@@ -51,6 +51,8 @@ class Saver:
     def save(self) -> float:
         """A boundary at which a save is due. Returns the seconds that it took the training thread."""
         iteration = (self.controller.iteration // _INTERVAL + 1) * _INTERVAL
+        while self.controller.iteration < iteration - 1:
+            self.controller.after_step(self.controller.iteration + 1)
         return timed(lambda: self.controller.after_step(iteration))
 
     def settle(self) -> None:

@@ -15,15 +15,16 @@ from typing import Any
 from resilience.announce import announce_start
 from resilience.assembly import Start, assemble
 from resilience.config import CheckpointConfig, ResiliencyConfig, override_from_env, validate_together
-from resilience.errors import ConfigError, EvictedError, PeerLostError, SaveFailedError, StoppedExit
+from resilience.errors import ConfigError, EvictedError, PeerLostError, SaveFailedError, SaveStuckError, StoppedExit
 from resilience.job import make_communicator, node_identity
 from resilience.job_facts import job_facts
 from resilience.observe.events import EventLog
-from resilience.planning.book import Book, Change
+from resilience.planning.book import Book, Change, unsettled
 from resilience.planning.cadence import best_interval
 from resilience.planning.control import ControlAgreement, ControlReport
 from resilience.planning.format_fit import check_format
 from resilience.planning.inventory import AttemptLog, SaveId
+from resilience.planning.patience import STALL_BOUNDS
 from resilience.planning.schedule import Due, due_at
 from resilience.replication.communicator import Communicator
 from resilience.replication.conversation import Conversation
@@ -31,13 +32,14 @@ from resilience.reports import Resume, SaveReport
 from resilience.requests import take_request
 from resilience.runtime.clock import Clock, SystemClock
 from resilience.saving import Saving
+from resilience.saving.progress import Stillness
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 
 __all__ = ["ResiliencyController"]
 
-_SETTLE_BOUND_S = 3600.0
+_STILL_BOUNDS = STALL_BOUNDS + 2  # an exchange with a stuck peer gives up first, and its save settles
 _LONGEST_CADENCE = 10  # `cadence="auto"` goes up to this many times the configured interval
 
 
@@ -141,10 +143,16 @@ class ResiliencyController:
         """One boundary: the optimizer stepped, `iteration` steps are finished, no batch was drawn yet. Collective.
 
         Takes the saves that are due and returns the report of one that was taken. `last`: the loop ends here. Raises
-        StoppedExit after a requested stop, SaveFailedError with `on_save_failure="raise"`, DivergedRanksError if ranks
-        are at different iterations, PeerLostError.
+        ConfigError, before anything is asked of other ranks, if `iteration` is not the next one; StoppedExit after a
+        requested stop, SaveFailedError with `on_save_failure="raise"`, DivergedRanksError, PeerLostError.
         """
         saving = self._alive()
+        if type(iteration) is not int or iteration != self.iteration + 1:
+            raise ConfigError(
+                f"after_step was called with iteration {iteration!r}; {self.iteration} are finished, so that "
+                f"{self.iteration + 1} is expected.",
+                advice="Call it once after every optimizer step, and not where gradients are only accumulated.",
+            )
         if self._stepped_at is not None:
             self._step_s = self.clock.now() - self._stepped_at
         self.iteration = iteration
@@ -202,13 +210,17 @@ class ResiliencyController:
         missing = self.checkpoint.save if kind == "persistent" else self.checkpoint.non_persistent_ckpt_type
         if kind not in ("persistent", "non_persistent") or missing is None:
             raise ConfigError(f"a {kind!r} save was asked for, but none of that kind is configured.")
+        if iteration != self.iteration:
+            raise ConfigError(
+                f"save was called with iteration {iteration!r}, but {self.iteration} are finished.",
+                advice="Save at a boundary: right after after_step, with its iteration.",
+            )
         self._collect()
         if iteration == self._last_saved:
             generation = self._attempt().generation
             return SaveReport(
                 "persistent" if kind == "persistent" else "non_persistent", iteration, generation, (), 0.0, "skipped", 0
             )
-        self.iteration = iteration
         due = Due(kind == "non_persistent", kind == "persistent", False)
         report = self._take(saving, iteration, due)
         self._speak()
@@ -222,19 +234,36 @@ class ResiliencyController:
         self._requests.add(what)
 
     def wait(self) -> None:
-        """Until no save is in the making. Collective; bounded."""
-        began = self.clock.now()
-        saving = self._alive()
+        """Until no save is in the making. Collective; goes on while anything moves on any rank.
+
+        Raises SaveStuckError on all ranks once nothing has moved for longer than any peer is waited for: a dozen times
+        `exchange_timeout_s`.
+        """
+        stuck = self._settle()
+        if stuck:
+            raise SaveStuckError(stuck, advice="Raise exchange_timeout_s if storage or network are that slow.")
+
+    def _settle(self) -> str:
+        """`wait`; returns which saves wait for what if that is in vain, "" if they are settled."""
+        saving, stillness = self._alive(), Stillness(self.clock.now)
+        bound_s = _STILL_BOUNDS * self.resiliency.exchange_timeout_s
         while not self._parted:
-            saving.wait_idle(1.0)
+            saving.wait_saves(1.0)
+            idle_s = stillness.seconds(saving.progress(self._book.slots()))
             if self._conversation is not None and not self._conversation.under_way:
-                self._speak(waited_us=int((self.clock.now() - began) * 1e6))
+                self._speak(idle_us=int(idle_s * 1e6))
             agreed = self._collect()
             if self._book.settled() or agreed is None:
-                return
-            if agreed.waited_us > _SETTLE_BOUND_S * 1e6:
-                self.tell("warning", what=f"saves did not settle within {_SETTLE_BOUND_S:g} s", advice="")
-                return
+                return ""
+            if agreed.idle_us > bound_s * 1e6:
+                return f"No save moved for {bound_s:g} s: {unsettled(self._book, saving.running())}."
+        return ""
+
+    def _settle_or_tell(self) -> None:
+        """Before an end: what does not settle is told, and the end comes all the same."""
+        stuck = self._settle()
+        if stuck:
+            self.tell("warning", what=stuck, advice="")
 
     def finish(self) -> None:
         """The loop completed: settle, note it, and free node memory as configured. Collective."""
@@ -242,7 +271,7 @@ class ResiliencyController:
         if self._lacks_last_save():
             self._collect()
             self._take(saving, self.iteration, Due(False, True, False), final=True)
-        self.wait()
+        self._settle_or_tell()
         if self._book.settled() or self._parted:
             saving.end("finished", self.iteration)
             self.tell("finished", iteration=self.iteration)
@@ -311,7 +340,7 @@ class ResiliencyController:
 
     # -- the exchange -------------------------------------------------------------------------------------------------
 
-    def _speak(self, *, leaving: bool = False, last: bool = False, waited_us: int = 0) -> None:
+    def _speak(self, *, leaving: bool = False, last: bool = False, idle_us: int = 0) -> None:
         """Start an exchange: what this rank has to say. Collected at the next boundary."""
         saving = self._alive()
         slots = self._book.slots()
@@ -326,7 +355,7 @@ class ResiliencyController:
             epoch_wanted=saving.replicas.epoch_wanted() if saving.replicas is not None else 0,
             step_us=int(self._step_s * 1e6),
             stall_us=int(self._stalls[-1] * 1e6) if self._stalls else 0,
-            waited_us=waited_us,
+            idle_us=idle_us,
             failures=self._failed_saves,
             saves=saving.board.reports(slots),
         )
@@ -429,7 +458,7 @@ class ResiliencyController:
         attempt = self._attempt()
         save = SaveId(iteration, attempt.generation, attempt.attempt)
         if final and (self._book.draining() or not saving.room(self._book)):
-            self.wait()  # the last save waits for those before; any other slides or is skipped
+            self._settle_or_tell()  # the last save waits for those before; any other slides or is skipped
         wish = saving.wish(due, draining=self._book.draining() > 0)
         reason = "the save before it is still on its way to shared storage"
         while wish.any and not saving.room(self._book):
@@ -455,7 +484,7 @@ class ResiliencyController:
 
     def _stop(self) -> None:
         """Everything was saved that could be: settle, note it, leave."""
-        self.wait()
+        self._settle_or_tell()
         saving, start = self._alive(), self._started()
         saving.end("stopped", self.iteration)
         elastic = "TORCHELASTIC_RUN_ID" in os.environ

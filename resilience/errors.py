@@ -23,6 +23,7 @@ __all__ = [
     "PeerLostError",
     "ResilienceError",
     "SaveFailedError",
+    "SaveStuckError",
     "SourceUnavailableError",
     "StoppedExit",
     "StoreError",
@@ -100,6 +101,10 @@ class DivergedRanksError(ResilienceError, RuntimeError):
 
 class SaveFailedError(ResilienceError, RuntimeError):
     """A save failed and `on_save_failure="raise"`."""
+
+
+class SaveStuckError(ResilienceError, TimeoutError):
+    """Saves in the making did not move on any rank, for too long; says which one waits for what."""
 
 
 class SourceUnavailableError(ResilienceError, OSError):

@@ -107,8 +107,12 @@ class ResilientTrainer:
                 yield batch
                 self._boundary(train_iters)
         finally:  # after a `break` too: no boundary is to come
-            watchdog.pause()
-        self._finish()
+            watchdog.rest()
+        watchdog.pause()
+        try:
+            self._finish()
+        finally:
+            watchdog.rest()
 
     def fit(self, train_step: Callable[[Any], Any], train_iters: int) -> None:
         """Call `train_step(batch)` for each batch of `iterations(train_iters)`."""

@@ -14,7 +14,7 @@ from resilience.planning.control import SLOTS, ControlAgreement
 from resilience.planning.inventory import SaveId
 from resilience.planning.retention import Progress, SaveState, deletable
 
-__all__ = ["Book", "Change", "Entry", "drain_slot"]
+__all__ = ["Book", "Change", "Entry", "drain_slot", "unsettled"]
 
 Drain = Literal["none", "pending", "done", "failed"]
 _DRAIN = "drain"
@@ -129,3 +129,16 @@ def _changes(entry: Entry, progress: Progress, settled: bool) -> list[Change]:
     elif settled and progress == "primary" and not entry.settled:
         changes.append(Change(entry.save, "unprotected"))
     return changes
+
+
+def unsettled(book: Book, running: Sequence[str]) -> str:
+    """Which saves wait for what, in words. `running`: what this rank's background lanes are doing."""
+    waits: list[str] = []
+    for entry in book.entries:
+        if entry.progress != "none" and not entry.settled:
+            missing = "its commit on every node" if entry.progress == "pending" else "its replicas"
+            waits.append(f"that of iteration {entry.save.iteration} waits for {missing}")
+        if entry.drain == "pending":
+            waits.append(f"that of iteration {entry.save.iteration} waits for shared storage")
+    here = ", ".join(repr(what) for what in running) or "nothing, so that another rank is behind"
+    return f"{'; '.join(waits)}; under way on this rank: {here}"

@@ -43,8 +43,8 @@ class SlotReport:
 class ControlReport:
     """What one rank has to say at one boundary.
 
-    `step_us`: its latest step; `stall_us`: what the latest save made it wait; `waited_us`: how long it has been waiting
-    for saves to settle.
+    `step_us`: its latest step; `stall_us`: what the latest save made it wait; `idle_us`: for how long, while it
+    waits for saves to settle, nothing of its background work has moved.
     """
 
     iteration: int
@@ -58,7 +58,7 @@ class ControlReport:
     failures: int = 0
     free_arenas: int = 0
     stall_us: int = 0
-    waited_us: int = 0
+    idle_us: int = 0
     saves: tuple[SlotReport, ...] = ()
 
 
@@ -78,8 +78,9 @@ class ControlAgreement:
 
     `all_leaving`: every rank's data ended at this boundary, which is an end like any other.
 
-    `free_arenas` is the lowest of any rank. With `leaving` (some rank's loader has ended) the ranks may be apart;
-    `iteration` is then the lowest, and `saves` are those on which all ranks agree.
+    `free_arenas` and `idle_us` are the lowest of any rank: something moves while it moves anywhere. With `leaving`
+    (some rank's loader has ended) the ranks may be apart; `iteration` is then the lowest, and `saves` are those on
+    which all ranks agree.
     """
 
     iteration: int
@@ -94,7 +95,7 @@ class ControlAgreement:
     saves: tuple[SlotAgreement, ...]
     all_leaving: bool = False
     stall_us: int = 0
-    waited_us: int = 0
+    idle_us: int = 0
 
     @property
     def requests(self) -> frozenset[str]:
@@ -128,7 +129,7 @@ def encode(report: ControlReport, slots: Sequence[SaveId]) -> list[int]:
         int(report.last),
         -int(report.last),
         report.stall_us,
-        report.waited_us,
+        -report.idle_us,
     ]
     for save in slots:
         vector += _encode_slot(reports.get(save, SlotReport(save)))
@@ -178,7 +179,7 @@ def decode(vector: Sequence[int]) -> ControlAgreement:
         saves=_decode_slots(vector, -vector[11], leaving),
         all_leaving=vector[12] == -1,
         stall_us=vector[15],
-        waited_us=vector[16],
+        idle_us=-vector[16],
     )
 
 

@@ -22,10 +22,11 @@ from resilience.snapshot.equality import Sample
 from resilience.stores.digest import SegmentedDigest, segments
 from resilience.stores.keeper import ShardKeeper
 
-__all__ = ["UNHEALTHY", "Board", "Protection", "SaveJob"]
+__all__ = ["UNEQUAL", "UNHEALTHY", "Board", "Protection", "SaveJob"]
 
 Tell = Callable[..., None]
 
+UNEQUAL: Final = "an item that should be equal on all data-parallel ranks differs; the next save finds out which"
 UNHEALTHY: Final = "the rank says that its state is not healthy"
 
 
@@ -261,7 +262,7 @@ class _Attempt:
         if any_failed:
             problem = problem or "another rank of the data-parallel group failed it"
         elif highest != -lowest:
-            problem = "an item that should be equal on all data-parallel ranks differs; the next save finds out which"
+            problem = UNEQUAL
         self.error = problem
         self._digest = None if problem else digest
 

@@ -52,6 +52,7 @@ class Watchdog:
         self._tell = tell
         self._beat_at = clock.now()
         self._paused = True
+        self._busy = False
         self._terminated_at: float | None = None
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
@@ -78,11 +79,15 @@ class Watchdog:
     def beat(self) -> None:
         """A boundary was reached."""
         self._beat_at = self._clock.now()
-        self._paused = False
+        self._paused = self._busy = False
 
     def pause(self) -> None:
-        """The loop is over or waits for saves: no boundary is expected."""
-        self._paused = True
+        """Saves are taken or waited for, with bounds of their own: no boundary is expected, and TERM waits for them."""
+        self._paused = self._busy = True
+
+    def rest(self) -> None:
+        """Outside of the loop no boundary is expected, and nothing hangs; after TERM the grace holds all the same."""
+        self._paused, self._busy = True, False
 
     def close(self) -> None:
         """Stop watching and put the handlers back."""
@@ -142,7 +147,7 @@ class Watchdog:
     def _term_overdue(self, now: float) -> bool:
         """TERM came, and for the grace no boundary: a stop takes two, and a peer may be gone after the first."""
         since = self._terminated_at
-        return since is not None and not self._paused and now - max(self._beat_at, since) > self._term_grace_s
+        return since is not None and not self._busy and now - max(self._beat_at, since) > self._term_grace_s
 
     def _received(self, numbers: bytes, now: float) -> None:
         if signal.SIGTERM in numbers and self._terminated_at is None:

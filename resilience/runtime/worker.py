@@ -24,6 +24,8 @@ class Lane:
         self._idle = threading.Condition()
         self._unfinished = 0
         self._closing = False
+        self.finished = 0  # tasks that are over
+        self.running = ""  # what the lane is doing
         self._thread = threading.Thread(target=self._run, name=f"resilience-{name}", daemon=True)
         self._thread.start()
 
@@ -48,12 +50,15 @@ class Lane:
     def _run(self) -> None:
         while (entry := self._tasks.get()) is not None:
             what, task = entry
+            self.running = what
             try:
                 if not self._closing:
                     task()
             except Exception as error:  # noqa: BLE001 - the lane lives on; whoever submitted it must learn of it
                 self._on_error(what, error)
             finally:
+                self.running = ""
                 with self._idle:
                     self._unfinished -= 1
+                    self.finished += 1
                     self._idle.notify_all()

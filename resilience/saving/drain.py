@@ -9,7 +9,7 @@ import torch
 
 from resilience.assembly import Start
 from resilience.config import CheckpointConfig
-from resilience.errors import EvictedError, StoreError
+from resilience.errors import EvictedError, ResilienceError, StoreError
 from resilience.formats.extras import Extras, extras_of
 from resilience.formats.protocol import SaveMeta
 from resilience.formats.saver import DrainJob, DrainTarget, SharedSaver
@@ -17,10 +17,12 @@ from resilience.planning.book import drain_slot
 from resilience.planning.control import SlotReport
 from resilience.planning.history import abandoned_checkpoints
 from resilience.planning.inventory import AttemptLog, SaveId, Tier
-from resilience.replication.protection import UNHEALTHY, Board
+from resilience.replication.communicator import Agreements
+from resilience.replication.protection import UNEQUAL, UNHEALTHY, Board
 from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
 from resilience.saving.wish import Snapshot, Wish
+from resilience.snapshot.equality import Sample
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.tokenizer import tokenizer_files
 from resilience.state.training_state import TrainingState
@@ -43,7 +45,9 @@ class Drain:
         tell: Callable[..., None],
         *,
         save_frozen: bool = True,
+        equality: Agreements | None = None,
     ) -> None:
+        """`equality`: the data-parallel group, used by this lane alone; None where saves on nodes are compared."""
         self.lane = lane
         self.evicted = ""  # why this job must end: a newer start writes its directory now; known on all ranks
         self._start = start
@@ -54,6 +58,7 @@ class Drain:
         self._clock = clock
         self._tell = tell
         self._save_frozen = save_frozen
+        self._equality = equality
         self._tiers: dict[SaveId, Tier] = {}
 
     def submit(
@@ -68,7 +73,8 @@ class Drain:
         """Hand over one agreed save. `snapshot` None: it failed here (`problem` says why), and all must learn of it."""
         self._tiers[save] = "persistent" if wish.persistent else "global"
         job = self._job(save, wish, snapshot, log, keep_persistent, problem)
-        self.lane.submit(f"drain {save.iteration}", lambda: self._run(job))
+        sample = snapshot.job.sample if snapshot else None
+        self.lane.submit(f"drain {save.iteration}", lambda: self._run(job, sample))
 
     def tier_of(self, save: SaveId) -> Tier:
         return self._tiers.get(save, "persistent")
@@ -135,12 +141,25 @@ class Drain:
             self._tell("warning", what=f"the checkpoint has no tokenizer: {error}", advice="")
             return {}
 
-    def _run(self, job: DrainJob) -> None:
+    def _compare(self, job: DrainJob, sample: Sample | None) -> DrainJob:
+        """The rotating share, with the data-parallel group: a save whose shared items differ fails."""
+        if self._equality is None:
+            return job
+        seen = sample.fingerprint() if sample is not None else 0
+        try:
+            failed, highest, lowest = self._equality.maximum([int(sample is None), seen, -seen])
+        except ResilienceError as error:
+            return replace(job, error=job.error or str(error))
+        if not failed and highest != -lowest:
+            return replace(job, error=job.error or UNEQUAL)
+        return job
+
+    def _run(self, job: DrainJob, sample: Sample | None) -> None:
         """In the drain lane; collective over all ranks' drain lanes."""
         began = self._clock.now()
         slot = drain_slot(job.save)
         try:
-            self._saver.run(job, self._abandoned)
+            self._saver.run(self._compare(job, sample), self._abandoned)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others must hear that this save failed
             self.evicted = self.evicted or (str(error) if isinstance(error, EvictedError) else "")
             self._board.report(SlotReport(slot, "failed", failed=True, settled=True), str(error))

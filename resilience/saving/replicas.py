@@ -8,12 +8,13 @@ from resilience.assembly import Start
 from resilience.errors import PeerLostError, ResilienceError
 from resilience.planning.pacing import falls_behind
 from resilience.replication.clique import CliqueExchange
-from resilience.replication.communicator import Agreements
+from resilience.replication.communicator import Agreements, Links
 from resilience.replication.pace import Pace
 from resilience.replication.protection import Board, Protection, SaveJob
 from resilience.restore import Plan
 from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
+from resilience.saving.progress import CountedLinks
 from resilience.stores.keeper import ShardKeeper
 
 __all__ = ["Replicas"]
@@ -44,6 +45,7 @@ class Replicas:
         self._saved_at: float | None = None
         self._warned = False
         self._epoch = 0
+        self.transfers = 0  # that are over: a wait for saves sees by it that they move
         self._tried = -1  # the newest epoch whose links were opened, or could not be; written in the lane
 
     def begin(self, plan: Plan, bytes_per_s: float | None) -> None:
@@ -105,14 +107,18 @@ class Replicas:
             return None
         try:
             name = f"epoch{epoch}/clique{members[0]}"
-            links = self._start.communicator.links(name, members, wanted=lambda: epoch == self._epoch)
+            links: Links = self._start.communicator.links(name, members, wanted=lambda: epoch == self._epoch)
         except PeerLostError as error:
             peer = {} if error.rank is None else {"peer": error.rank, "peer_node": job.nodes[error.rank]}
             self._tell("replication_down", error=str(error), epoch=epoch, **peer)
             return None
         if epoch:
             self._tell("epoch", epoch=epoch)
+        links = CountedLinks(links, self._count)
         return CliqueExchange(links, job.rank, topology.holders[job.rank], topology.held()[job.rank], self._pace)
+
+    def _count(self) -> None:
+        self.transfers += 1
 
     def _check_cap(self, shard_bytes: int) -> None:
         """Say once that the cap is too low for how often saves come."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -117,6 +117,7 @@ class Saving:
             clock,
             tell,
             save_frozen=resiliency.save_frozen,
+            equality=None if self.keeps_on_nodes else equality,
         )
         atexit.register(self._at_exit)
 
@@ -219,7 +220,8 @@ class Saving:
         A failure here is this rank's part of the save failing, unless no plan could be made at all: that is raised.
         """
         problem, collected = "", None
-        self._turn += 1  # of every agreed save, also one that fails here: the ranks compare the same share
+        # of every agreed save that is compared, also one that fails here: the ranks compare the same share
+        self._turn += wish.on_nodes or not self.keeps_on_nodes
         try:
             collected = self._state.collect()
         except ResilienceError as error:
@@ -448,6 +450,21 @@ class Saving:
     def _lanes(self) -> tuple[Lane, ...]:
         ahead = () if self.reservation is None else (self.reservation.lane,)
         return (self._protect, self.drain.lane, self._tidy, *ahead)
+
+    def wait_saves(self, bound_s: float) -> None:
+        """Until no lane has work for a save, at most about `bound_s`."""
+        for lane in (self._protect, self.drain.lane):
+            lane.wait(bound_s)
+
+    def progress(self, slots: Sequence[SaveId]) -> Hashable:
+        """A mark that changes whenever the background work for saves moves."""
+        finished = tuple(lane.finished for lane in self._lanes)
+        transfers = 0 if self.replicas is None else self.replicas.transfers
+        return finished, transfers, self._fs.moved_bytes, self.board.reports(slots)
+
+    def running(self) -> list[str]:
+        """What the lanes are doing."""
+        return [lane.running for lane in self._lanes if lane.running]
 
     def wait_idle(self, bound_s: float) -> None:
         for lane in self._lanes:

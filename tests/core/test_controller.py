@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
+
 from resilience import ResiliencyController
 from resilience.replication.clique import CliqueExchange
 from resilience.state.training_state import TrainingState
@@ -89,3 +91,44 @@ def own_loop_persistent(rank: int, plan: Plan) -> Any:
     reports = [controller.after_step(iteration) for iteration in (1, 2, 3)]
     controller.close()
     return reports[-1]
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 4, "3"])
+def test_an_iteration_that_is_not_the_next_one_is_refused_before_others_are_asked(world: World, wrong: Any) -> None:
+    """Rank 1 is not even there: the call comes back all the same."""
+    first, second = run_ranks(2, own_loop_with_a_gap, world.plan("a", "b"), wrong)
+    assert first.error == "ConfigError"
+    assert "2 are finished, so that 3 is expected" in first.message
+    assert second.value == 2
+
+
+def own_loop_with_a_gap(rank: int, plan: Plan, wrong: Any) -> int:
+    training = Training(rank, plan)
+    controller = ResiliencyController(
+        TrainingState(training.model, training.optimizer), training.checkpoint, training.resiliency
+    )
+    controller.restore()
+    for iteration in (1, 2):
+        controller.after_step(iteration)
+    try:
+        if rank == 0:
+            controller.after_step(wrong)
+        return controller.iteration
+    finally:
+        controller.close()
+
+
+def test_a_save_at_another_iteration_than_the_finished_one_is_refused(world: World) -> None:
+    (outcome,) = run_ranks(1, own_loop_that_saves_ahead, world.plan("a"))
+    assert outcome.error == "ConfigError"
+    assert "1 are finished" in outcome.message
+
+
+def own_loop_that_saves_ahead(rank: int, plan: Plan) -> None:
+    training = Training(rank, plan)
+    controller = ResiliencyController(
+        TrainingState(training.model, training.optimizer), training.checkpoint, training.resiliency
+    )
+    controller.restore()
+    controller.after_step(1)
+    controller.save(2, "non_persistent")

@@ -114,11 +114,11 @@ def trainer_with(watchdog: Any) -> tuple[ResilientTrainer, list[str]]:
 
 def test_no_boundary_is_expected_after_a_break() -> None:
     calls: list[str] = []
-    watchdog = SimpleNamespace(beat=lambda: calls.append("beat"), pause=lambda: calls.append("pause"))
+    watchdog = SimpleNamespace(beat=lambda: calls.append("beat"), rest=lambda: calls.append("rest"))
     trainer, _ = trainer_with(watchdog)
     for _ in trainer.iterations(3):
         break
-    assert calls == ["beat", "pause"]
+    assert calls == ["beat", "rest"]
 
 
 # -- trackers ---------------------------------------------------------------------------------------------------------

@@ -102,6 +102,26 @@ def term_and_stall(training: Training) -> None:
     stall(training)
 
 
+@pytest.mark.parametrize("before_the_loop", [True, False])
+def test_term_outside_of_the_loop_ends_the_process_within_the_grace_too(world: World, before_the_loop: bool) -> None:
+    """After a `break`, or before the first batch, no boundary will come, and nothing else would end it."""
+    plan = world.plan("a", every=100, resiliency=GRACE)
+    (outcome,) = run_ranks(1, linger, plan, before_the_loop, timeout_s=30)
+    assert outcome.status == 143
+    assert world.copies("a") == {}
+
+
+def linger(rank: int, plan: Plan, before_the_loop: bool) -> None:
+    training = Training(rank, plan)
+    with training.start() as trainer:
+        if not before_the_loop:
+            for batch in trainer.iterations(plan.steps):
+                training.step(batch)
+                if trainer.iteration == 5:
+                    break
+        term_and_stall(training)
+
+
 def test_term_in_the_middle_of_a_collective_ends_the_process_as_well(world: World) -> None:
     """A Python handler would wait for the main thread, which waits for the peer, which does not come."""
     plan = world.plan(
@@ -210,21 +230,21 @@ def short_loader(training: Training) -> None:
     training.loader = iter(list(training.loader)[:5])
 
 
-def test_ranks_at_different_iterations_raise_the_same_error_everywhere(world: World) -> None:
+def test_ranks_that_disagree_on_the_end_raise_the_same_error_everywhere(world: World) -> None:
     outcomes = run_ranks(2, count_differently, world.plan("a", "b", every=100))
     assert [outcome.error for outcome in outcomes] == ["DivergedRanksError", "DivergedRanksError"]
     assert outcomes[0].message == outcomes[1].message
-    assert "furthest finished 4, the last one 3" in outcomes[0].message
+    assert "Iteration 3 is the last one on some ranks only" in outcomes[0].message
 
 
 def count_differently(rank: int, plan: Plan) -> None:
-    """People who own their loop say themselves which iteration is finished."""
+    """People who own their loop say themselves which iteration is the last one."""
     training = Training(rank, plan)
     state = TrainingState(training.model, training.optimizer)
     controller = ResiliencyController(state, training.checkpoint, training.resiliency)
     controller.restore()
-    for iteration in (1, 2, 3 + rank, 4 + rank):
-        controller.after_step(iteration)
+    for iteration in (1, 2, 3, 4):
+        controller.after_step(iteration, last=rank == 1 and iteration == 3)
 
 
 def test_a_boundary_without_an_optimizer_step_is_neither_counted_nor_saved(world: World) -> None:
