@@ -109,7 +109,6 @@ def _rules() -> str:
 
 def _not_yet() -> str:
     """The sentences of the refusals themselves: every value that a configuration accepts and a start refuses."""
-    checkpoints: list[dict[str, Any]] = [{"ckpt_format": "zarr"}, {"ckpt_format": "fsdp_dtensor"}]
     resiliencies: list[dict[str, Any]] = [
         {"redundancy": "xor"},
         {"redundancy": "rs"},
@@ -118,8 +117,6 @@ def _not_yet() -> str:
         {"secret_env": "NAME"},
     ]
     refusals: list[ConfigError] = []
-    for given in checkpoints:
-        refusals += unsupported(CheckpointConfig(**given), ResiliencyConfig())
     for given in resiliencies:
         refusals += unsupported(CheckpointConfig(), ResiliencyConfig(**given))
     if not refusals:

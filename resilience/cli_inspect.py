@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from resilience.cli_sources import add_sources, sources_of
 from resilience.contents import Contents, folder_contents, shard_contents
 from resilience.errors import CheckpointNotFoundError, CommandError
-from resilience.formats.dcp_metadata import METADATA
+from resilience.formats.directory import MARKER
+from resilience.formats.registry import format_name
 from resilience.planning.catalog import CatalogEntry, catalog
 from resilience.stores.discovery import Sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 def _path(path: Path, fs: FileSystem) -> Contents:
     if path.is_file():
         return shard_contents([path.with_suffix(".safetensors")], fs)
-    if fs.stat(path / METADATA) is not None:
+    if format_name(path, fs) is not None:
         return folder_contents(path, fs)
     shards = _shards_in(path, fs)
     if shards:
@@ -52,7 +53,7 @@ def _path(path: Path, fs: FileSystem) -> Contents:
     attempts = [path / name for name in fs.list_dir(path) if _shards_in(path / name, fs)]
     if attempts:
         return shard_contents(_shards_in(attempts[-1], fs), fs)  # the newest generation
-    raise CheckpointNotFoundError(f"{path} holds no shard and no {METADATA}.", advice="Give an iter_* folder.")
+    raise CheckpointNotFoundError(f"{path} holds no shard and no {MARKER}.", advice="Give an iter_* folder.")
 
 
 def _shards_in(folder: Path, fs: FileSystem) -> list[Path]:

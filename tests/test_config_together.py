@@ -44,7 +44,6 @@ def test_an_interval_without_a_directory_would_save_nothing_and_is_refused_at_th
 @pytest.mark.parametrize(
     ("checkpoint", "resiliency", "field"),
     [
-        ({"ckpt_format": "zarr"}, {}, "checkpoint.ckpt_format"),
         ({}, {"redundancy": "xor"}, "resiliency.redundancy"),
         ({}, {"redundancy": "rs"}, "resiliency.redundancy"),
         ({}, {"snapshot_mode": "overlapped"}, "resiliency.snapshot_mode"),
@@ -68,8 +67,8 @@ def test_defaults_ask_for_nothing_that_is_missing() -> None:
 
 
 def test_several_problems_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)2 settings cannot be used.*ckpt_format.*redundancy"):
-        validate_together(CheckpointConfig(ckpt_format="zarr"), ResiliencyConfig(redundancy="rs"))
+    with pytest.raises(ConfigError, match=r"(?s)2 settings cannot be used.*redundancy.*metrics"):
+        validate_together(CheckpointConfig(), ResiliencyConfig(redundancy="rs", metrics="metrics.prom"))
 
 
 def domains_problem(domains: list[str], *, ranks_per_node: int | None = None, **fields: Any) -> str:

@@ -7,6 +7,7 @@ and `failure_domain`, the world size, the domains), so that all ranks raise or n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from resilience.config.checkpoint import CheckpointConfig
 from resilience.config.resiliency import ResiliencyConfig
@@ -69,13 +70,9 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
     def refuse(key: str, given: str, says: str, advice: str) -> None:
         found.append(ConfigError(f'{key}: "{given}" is not in this version: {says}.', advice=advice))
 
-    if checkpoint.ckpt_format == "zarr":
-        refuse(
-            "checkpoint.ckpt_format",
-            checkpoint.ckpt_format,
-            "persistent checkpoints are written and read as torch_dist and fsdp_dtensor",
-            'Use ckpt_format="torch_dist".',
-        )
+    if checkpoint.ckpt_format == "zarr" and find_spec("google_crc32c") is None:
+        says = 'checkpoint.ckpt_format: "zarr" needs packages that are not installed here.'
+        found.append(ConfigError(says, advice="Install them: pip install torch-resilience[zarr]"))
     for key, default, says in _WITHOUT_EFFECT:
         given = getattr(checkpoint, key)
         if given != default:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resilience.errors import CheckpointNotFoundError, SourceUnavailableError, UnsupportedStateError
-from resilience.formats.dcp_metadata import METADATA
 from resilience.formats.keys import MODEL_PREFIX
 from resilience.formats.protocol import CheckpointReader, Target
-from resilience.formats.registry import foreign_problem, open_checkpoint
+from resilience.formats.registry import foreign_problem, format_name, open_checkpoint
 from resilience.formats.strictness import compare_keys
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.stores.shared_inventory import newer_than_tracker
@@ -67,7 +66,7 @@ def load_checkpoint(
 
 def find_checkpoint(path: Path, fs: FileSystem) -> Path:
     """`path` itself if it is a checkpoint's folder, else the newest usable one in it by its tracker."""
-    if fs.stat(path / METADATA) is not None:
+    if format_name(path, fs) is not None:
         return path
     store = SharedStore(path, fs, source="load", foreign_problem=foreign_problem)
     found = store.inventory(None)

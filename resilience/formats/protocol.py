@@ -159,6 +159,11 @@ class CheckpointReader(Protocol):
         ...
 
     @property
+    def aliases(self) -> Mapping[str, str]:
+        """Of tensors in the index that have the same bytes (tied weights): path → the one path that is no alias."""
+        ...
+
+    @property
     def common(self) -> Mapping[str, Any]:
         """What is not sharded: `common.pt` or the object `common_state`."""
         ...
@@ -186,7 +191,9 @@ class CheckpointReader(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of all memory that the files take; whoever reads afterwards maps them again."""
+        ...
 
 
 class CheckpointFormat(Protocol):

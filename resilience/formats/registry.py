@@ -14,12 +14,16 @@ from resilience.formats.directory import marked_backend
 from resilience.formats.fsdp_dtensor import FsdpDtensor
 from resilience.formats.protocol import CheckpointFormat, CheckpointReader, StoredItem
 from resilience.formats.torch_dist import TorchDist
+from resilience.formats.zarr_v3 import ZarrV3
 from resilience.stores.filesystem import FileSystem
 
 __all__ = ["checkpoint_format", "data_files", "foreign_problem", "format_name", "open_checkpoint", "stored_items"]
 
-_FORMATS: dict[str, CheckpointFormat] = {TorchDist.name: TorchDist(), FsdpDtensor.name: FsdpDtensor()}
-_LATER = ("zarr",)
+_FORMATS: dict[str, CheckpointFormat] = {
+    TorchDist.name: TorchDist(),
+    ZarrV3.name: ZarrV3(),
+    FsdpDtensor.name: FsdpDtensor(),
+}
 
 
 def checkpoint_format(name: str) -> CheckpointFormat:
@@ -27,8 +31,7 @@ def checkpoint_format(name: str) -> CheckpointFormat:
     if name in _FORMATS:
         return _FORMATS[name]
     there = ", ".join(map(repr, _FORMATS))
-    what = "is not implemented yet" if name in _LATER else "is unknown"
-    raise ConfigError(f"ckpt_format {name!r} {what}; this version has {there}.", advice="Use torch_dist.")
+    raise ConfigError(f"ckpt_format {name!r} is unknown; this version has {there}.", advice="Use torch_dist.")
 
 
 def format_name(folder: Path, fs: FileSystem) -> str | None:

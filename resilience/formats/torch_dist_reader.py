@@ -22,6 +22,7 @@ from resilience.formats.dcp_metadata import METADATA, DcpIndex, Extent, StoredCh
 from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_files
 from resilience.formats.keys import rank_of, tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
+from resilience.formats.rank_object import rank_state_of
 from resilience.formats.torch_archive import read_archive
 from resilience.formats.torch_dist import COMMON_STATE
 from resilience.stores.filesystem import FileSystem
@@ -58,6 +59,12 @@ class TorchDistReader:
         }
 
     @cached_property
+    def aliases(self) -> Mapping[str, str]:
+        first: dict[tuple[StoredChunk, ...], str] = {}
+        found = {path: first.setdefault(region.chunks, path) for path, region in self._regions.items() if region.chunks}
+        return {path: root for path, root in found.items() if path != root}
+
+    @cached_property
     def common(self) -> Mapping[str, Any]:
         if COMMON_STATE in self._stored.objects:
             common = self._object(COMMON_STATE)
@@ -72,13 +79,7 @@ class TorchDistReader:
         key = self._rank_keys.get(rank)
         if key is None:
             return None
-        stored = self._object(key)
-        match stored:
-            case {"values": str() as values, "tensors": dict() as tensors} if all(
-                isinstance(path, str) and isinstance(tensor, torch.Tensor) for path, tensor in tensors.items()
-            ):
-                return RankState(values.encode(), tensors)
-        raise CorruptCopyError(f"{key} in {self.folder} does not hold a rank's values and tensors.")
+        return rank_state_of(self._stored_object(key), f"{key} in {self.folder}")
 
     def read(self, targets: Sequence[Target]) -> None:
         reads = self._plan(targets)

@@ -30,6 +30,7 @@ from resilience.formats.folder_files import Backend, Written, agree_on_save, wri
 from resilience.formats.kept_plan import KeptPlan, brief_of
 from resilience.formats.keys import rank_key, stored_key
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
+from resilience.formats.rank_object import own_object
 from resilience.formats.torch_archive import archive_of, as_own_storage, saved_bytes
 from resilience.replication.communicator import Agreements
 from resilience.stores.filesystem import FileSystem
@@ -124,7 +125,7 @@ class _RankFile:
         )
 
     def _pieces(self) -> Iterator[memoryview]:
-        yield from self._object(self._own_key, self._own())
+        yield from self._object(self._own_key, own_object(self._alone, self._share))
         made: dict[int, bytes] = {}  # a hyperparameter is one object, stored for each of a group's parameters
         for path, stored in self._beside.items():
             if isinstance(stored, torch.Tensor):
@@ -153,12 +154,6 @@ class _RankFile:
         yield from self._passing(archive_of(tensor, [tensor]))
         dtype, nbytes = str(tensor.dtype).removeprefix("torch."), self._nbytes - start
         self._tensors.append(WrittenTensor(key, dtype, global_shape, offsets, tuple(tensor.shape), start, nbytes))
-
-    def _own(self) -> list[memoryview]:
-        """A list of one: the form in which Megatron Core stores objects. Text, because a safe loader takes no bytes."""
-        own = {chunk.key: as_own_storage(chunk.tensor) for chunk in self._alone}
-        named = own | {alias: own[key] for alias, key in self._share.aliases.items() if key in own}
-        return archive_of([{"values": self._share.values.decode(), "tensors": named}], own.values())
 
     def _passing(self, pieces: Sequence[memoryview]) -> Iterator[memoryview]:
         for piece in pieces:

@@ -241,7 +241,8 @@ def test_every_damaged_file_is_listed_with_its_reason(folder: Path) -> None:
         ({}, "neither metadata.json nor .metadata"),
         ({".metadata": b""}, ".metadata"),
         ({".metadata": b"", "common.pt": b""}, "metadata.json is missing beside common.pt"),
-        ({"metadata.json": b'{"sharded_backend": "zarr"}'}, "'zarr' is not one"),
+        ({"metadata.json": b'{"sharded_backend": "zarr"}'}, "tensors.zarr/zarr.json is missing"),
+        ({"metadata.json": b'{"sharded_backend": "hdf5"}'}, "'hdf5' is not one"),
         ({"metadata.json": b'{"sharded_backend": "torch_dist"}'}, ".metadata is missing"),
     ],
 )
