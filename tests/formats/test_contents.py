@@ -219,9 +219,13 @@ def train(rank: int, root: str, steps: int | None, options: dict[str, Any], tp: 
         return read, {name: tensor.tolist() for name, tensor in loaded.items()}
 
 
+def start(size: int, *arguments: Any) -> Any:
+    return run_ranks(size, train, *arguments, timeout_s=100)  # a few seconds on an idle machine
+
+
 def test_every_data_parallel_rank_has_a_loader_file_and_tensor_parallel_ones_share_it(tmp_path: Path) -> None:
-    values(run_ranks(2, train, str(tmp_path / "a"), 2, {}))
-    values(run_ranks(2, train, str(tmp_path / "b"), 2, {}, 2))
+    values(start(2, str(tmp_path / "a"), 2, {}))
+    values(start(2, str(tmp_path / "b"), 2, {}, 2))
     names = {place: sorted(path.name for path in tmp_path.glob(f"{place}/iter_*/dataloader_state/*")) for place in "ab"}
     assert names["a"] == ["train_dataloader_dprank000.pt", "train_dataloader_dprank001.pt"]
     assert names["b"] == ["train_dataloader_dprank000.pt"]
@@ -232,7 +236,7 @@ def test_every_data_parallel_rank_has_a_loader_file_and_tensor_parallel_ones_sha
 def test_ranks_share_the_writing_of_what_is_replicated_or_the_first_one_writes_it(tmp_path: Path) -> None:
     shares: dict[str, dict[str, int]] = {}
     for place, fully in (("shared", True), ("first", False)):
-        values(run_ranks(2, train, str(tmp_path / place), 2, {"fully_parallel_save": fully}))
+        values(start(2, str(tmp_path / place), 2, {"fully_parallel_save": fully}))
         metadata = FileSystemReader(tmp_path / place / "iter_0000002").read_metadata()
         written = shares.setdefault(place, {})
         for index, stored_at in metadata.storage_data.items():
@@ -242,15 +246,15 @@ def test_ranks_share_the_writing_of_what_is_replicated_or_the_first_one_writes_i
     assert min(shares["shared"].values()) > 0.3 * sum(shares["shared"].values())
     assert sorted(shares["first"]) == ["__0_0.distcp"]
     for place in shares:
-        outcomes = values(run_ranks(2, train, str(tmp_path / place), None, {}))
+        outcomes = values(start(2, str(tmp_path / place), None, {}))
         assert outcomes[0][1]["0.weight"] == outcomes[1][1]["0.weight"]
 
 
 def test_a_shared_load_reads_everything_once_and_gives_the_same_state(tmp_path: Path) -> None:
     root = str(tmp_path / "a")
-    saved = values(run_ranks(3, train, root, 2, {}))
-    alone = values(run_ranks(3, train, root, None, {}))
-    shared = values(run_ranks(3, train, root, None, {"fully_parallel_load": True}))
+    saved = values(start(3, root, 2, {}))
+    alone = values(start(3, root, None, {}))
+    shared = values(start(3, root, None, {"fully_parallel_load": True}))
     assert [state for _, state in shared] == [state for _, state in alone] == [state for _, state in saved]
     (first, *others) = [sorted(read) for read, _ in alone]
     assert others == [first, first], "each for itself: every rank reads everything"
@@ -260,8 +264,8 @@ def test_a_shared_load_reads_everything_once_and_gives_the_same_state(tmp_path: 
 
 def test_missing_keys_are_what_no_rank_asks_for(tmp_path: Path) -> None:
     root = str(tmp_path / "a")
-    values(run_ranks(2, train, root, 2, {}))
-    values(run_ranks(2, train, root, None, {"dist_ckpt_strictness": "raise_all"}))
+    values(start(2, root, 2, {}))
+    values(start(2, root, None, {"dist_ckpt_strictness": "raise_all"}))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -15,9 +15,10 @@ import torch
 from resilience.formats.load import load_checkpoint
 from resilience.stores.filesystem import PosixFileSystem
 from tests.formats.jobs import Job, equal
-from tests.ranks import run_ranks, values
+from tests.ranks import killed, run_ranks, values
 
 PLACES = 20
+WAIT_S = 130  # for a process; a second or two on an idle machine
 _CHANGING = ("make_dir", "write_atomic", "rename", "unlink", "remove_tree", "fsync_dir")
 
 
@@ -102,7 +103,7 @@ def go_on(rank: int, root: str) -> dict[str, Any]:
 
 
 def alone(work: Any, *arguments: Any) -> Any:
-    return values(run_ranks(1, work, *arguments, distributed=False))[0]
+    return values(run_ranks(1, work, *arguments, distributed=False, timeout_s=WAIT_S))[0]
 
 
 def states(root: Path) -> dict[int, dict[str, Any]]:
@@ -115,6 +116,7 @@ def states(root: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_save_is_killed_at_twenty_places_over_its_life_and_a_good_one_always_loads(tmp_path: Path) -> None:
     expected = states(tmp_path / "undisturbed")
     there_are = alone(save_twice, str(tmp_path / "counted" / "ckpt"), None)
@@ -123,8 +125,8 @@ def test_a_save_is_killed_at_twenty_places_over_its_life_and_a_good_one_always_l
     resumed_from = []
     for place in places:
         root = tmp_path / str(place) / "ckpt"
-        (killed,) = run_ranks(1, save_twice, str(root), place, distributed=False)
-        assert killed.status == -signal.SIGKILL, f"place {place}: {killed}"
+        (outcome,) = run_ranks(1, save_twice, str(root), place, distributed=False, timeout_s=WAIT_S)
+        assert killed(outcome), f"place {place}: {outcome}"
 
         as_others_find_it = load_checkpoint(root)  # nobody has healed anything yet
         iteration = int(as_others_find_it.folder.name.removeprefix("iter_"))
@@ -146,8 +148,8 @@ def test_a_save_is_killed_at_twenty_places_over_its_life_and_a_good_one_always_l
 def test_a_save_that_is_killed_while_its_tensors_are_written_leaves_the_one_before(tmp_path: Path) -> None:
     """The quick sibling of the test above, at one place."""
     root = tmp_path / "ckpt"
-    (killed,) = run_ranks(1, save_twice, str(root), 7, distributed=False)
-    assert killed.status == -signal.SIGKILL
+    (outcome,) = run_ranks(1, save_twice, str(root), 7, distributed=False, timeout_s=WAIT_S)
+    assert killed(outcome), outcome
     assert [path.name for path in root.glob("iter_*")] == ["iter_0000002"]
     assert list(root.glob(".saving-*")), "it was killed in the middle"
     assert load_checkpoint(root).folder.name == "iter_0000002"
