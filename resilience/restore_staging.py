@@ -27,6 +27,7 @@ from resilience.replication.communicator import Agreements, SoloAgreements
 from resilience.reports import Resume
 from resilience.restore_targets import index_of, staging, stored_like
 from resilience.state.items import Item, SavedItem, blocks_of
+from resilience.state.live_tensors import cut_as_placed
 from resilience.state.load_plan import LoadPlan
 from resilience.state.main_parameters import StoredWeights, keeps_main_parameters, renew_main_parameters
 from resilience.state.reconcile import reconcile
@@ -159,7 +160,7 @@ class Stager:
             # with the optimizer's state goes the very dtype of its parameters; without it weights are converted
             fitted = reconcile(own.values, here, convert="optimizer" not in parts)
             values, from_live, added = fitted.values, fitted.from_live, fitted.added
-        index = index_of(self._reader.index, own, live, state, from_live)
+        index = cut_as_placed(state, values, index_of(self._reader.index, own, live, state, from_live))
         held = set(map(without_block, index))
         lacking = added - held
         from_base = self._look_in_base(lacking, index, live)

@@ -61,13 +61,19 @@ def staging(
     for key, tensor in plan.targets:
         whole = without_block(key)
         if whole in initial or key in own.tensors:
-            staged.append(live[key].tensor if whole in initial else own.tensors[key])
+            staged.append(live[key].tensor if whole in initial else _cut(own.tensors[key], index[key]))
             continue
         out = torch.empty(tensor.shape, dtype=tensor.dtype)
         staged.append(out)
         chosen = base_targets if whole in from_base else targets
         chosen.append(Target(whole, out, index[key].offsets, index[key].global_shape))
     return staged, targets, base_targets
+
+
+def _cut(tensor: torch.Tensor, wanted: SavedItem) -> torch.Tensor:
+    for axis, (start, length) in enumerate(zip(wanted.offsets, wanted.shape, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor
 
 
 def stored_like(key: str, dtype: torch.dtype, shape: tuple[int, ...], live: Sequence[Item]) -> dict[str, SavedItem]:

@@ -6,7 +6,9 @@ own, made after its parameter: same device, same strides, same device mesh. All 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import json
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,6 +184,33 @@ class LiveTensors:
         sharded: list[Any] = [tensor for tensor in self._tensors.values() if is_dtensor(tensor)]
         meshes = {tensor.device_mesh for tensor in sharded if tensor.device_mesh.ndim == len(ref.placements)}
         return meshes.pop() if len(meshes) == 1 else None
+
+
+def cut_as_placed(state: TrainingState, values: bytes, index: Mapping[str, SavedItem]) -> dict[str, SavedItem]:
+    """`index` with this rank's part of what is stored whole and is a DTensor of no model (a running average).
+
+    Those of models and optimizers are found by their live counterparts, and are here already.
+    """
+    index = dict(index)
+    others = {part: tree for part, tree in json.loads(values).items() if part not in ("model", "optimizer")}
+    placed = [(key, names) for key, names in _placements_in(others) if key in index]
+    if not placed:
+        return index
+    meshes = {t.device_mesh for _, t in encode(state.tree(("model", "optimizer")))[1] if is_dtensor(t)}  # type: ignore[attr-defined]
+    for key, names in placed:
+        fitting = [mesh for mesh in meshes if mesh.ndim == len(names)]
+        if len(fitting) == 1 and index[key].shape == index[key].global_shape:
+            place = place_on_mesh(key, index[key].global_shape, fitting[0], placements_of(names), names)
+            index[key] = replace(index[key], offsets=place.offsets, shape=place.shape)
+    return index
+
+
+def _placements_in(written: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for part in written.values() if isinstance(written, dict) else written if isinstance(written, list) else ():
+        if isinstance(part, dict) and isinstance(part.get("placements"), list):
+            yield str(part.get("$tensor")), tuple(map(str, part["placements"]))
+        else:
+            yield from _placements_in(part)
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

@@ -117,6 +117,7 @@ def recut(state: TrainingState, world: SavedWorld, parts: Collection[str], itera
     if "extra" in parts and (found := _found(world, "extra")):
         names = dict.fromkeys(name for _, entries in found for name in entries)
         tree["extra"] = {name: taken.one(f"extra/{name}", _inside(found, name)) for name in names}
+        _place_extra(tree["extra"], state)
     if "dataloader" in parts and (found := _found(world, "dataloader")):
         tree["dataloader"] = recut_loader(taken, state.loader, found)
     if "rng" in parts and (found := _found(world, "rng")):
@@ -148,6 +149,21 @@ def _model(taken: Taken, position: int, live: Mapping[str, Any]) -> dict[str, An
     if said:
         taken.notes.append(f"differed from rank to rank, and are those of the lowest that held them: {_few(said)}")
     return entries
+
+
+def _place_extra(extra: Mapping[str, Any], state: TrainingState) -> None:
+    """A DTensor is one here if its live namesake is, and as that is; without a namesake, if any tensor is one here."""
+    live = tree_of(encode(state.tree(("model", "extra")))[0])
+    namesakes = {key_of(ref): ref.get("placements") for ref in tensor_refs(live.get("extra"))}
+    any_here = any(ref.get("placements") for ref in tensor_refs(live))
+    for ref in tensor_refs(extra):
+        if key_of(ref) in namesakes:
+            placed = namesakes[key_of(ref)]
+        else:
+            placed = ref.get("placements") if any_here else None
+        ref.pop("placements", None)
+        if placed is not None:
+            ref["placements"] = placed
 
 
 def _of_a_counterpart(taken: Taken, key: str) -> SavedRank | None:

@@ -29,33 +29,43 @@ Found = Sequence[tuple[SavedRank, Any]]
 
 
 def recut_rng(taken: Taken, state: TrainingState, found: Found, iteration: int) -> Any:
-    """The random state of the rank that stood here; if it is not known which, one derived from what was saved.
+    """The state of each generator of the rank that stood here; where it is not known which, a derived one.
 
-    Exact where the ranks at this place of tensor and pipeline parallelism (sizes unchanged) were as many, or all had
-    one state. Derived states differ exactly between those ranks whose generators differ now, before the load: what a
-    program seeds alike on purpose (tensor parallelism) stays alike.
+    Exact where all saved ranks had the same, or all those at this place of tensor and pipeline parallelism (sizes
+    unchanged), or where at most the experts are shared out otherwise. Derived states differ exactly between those ranks
+    whose generators differ now, before the load: what a program seeds alike (over tensor parallelism) stays alike.
     """
+    derived = _derived(taken, state, found[0], iteration)
+    exact = {name: _known(taken, [(rank, its.get(name)) for rank, its in found]) for name in derived}
+    new = [name for name, its in exact.items() if its is None]
+    if new:
+        taken.notes.append(
+            f"random numbers ({', '.join(new)}): not those of an undisturbed run; each rank's generators were set from "
+            f"the saved state of rank {found[0][0].rank}, iteration {iteration} and what they were seeded with here"
+        )
+    return {name: derived[name] if its is None else taken.take(*its) for name, its in exact.items()}
+
+
+def _known(taken: Taken, found: Found) -> tuple[SavedRank, Any] | None:
+    """The rank whose generator's state is the one to go on with here; None if that is not known."""
     before, now = taken.world.layout, taken.place
+    here: Found = []
     if before.same_sizes(now, "tp", "pp"):
         here = [each for each in found if each[0].place.shard_coordinate == now.shard_coordinate]
-        at_my_place = [
-            (rank, its) for rank, its in here if (rank.place.dp_rank, rank.place.cp_rank) == (now.dp_rank, now.cp_rank)
-        ]
-        if before.same_sizes(now, "dp", "cp") and at_my_place:
-            return taken.take(*at_my_place[0])
-        if here and all(rank.canonical(its) == here[0][0].canonical(here[0][1]) for rank, its in here):
-            return taken.take(*here[0])
-    taken.notes.append(
-        "random numbers: not those of an undisturbed run; each rank's generators were set from the saved state of "
-        f"rank {found[0][0].rank}, iteration {iteration} and the state that they were seeded with at this start"
-    )
-    return _derived(taken, state, found[0], iteration)
+        if before.same_sizes(now, "dp", "cp"):
+            mine = (now.dp_rank, now.cp_rank)
+            return next((each for each in here if (each[0].place.dp_rank, each[0].place.cp_rank) == mine), None)
+    for candidates in (found, here):
+        kinds = [rank.canonical(its) for rank, its in candidates]
+        if kinds and all(kind == kinds[0] for kind in kinds):
+            return candidates[0]
+    return None
 
 
-def _derived(taken: Taken, state: TrainingState, saved: tuple[SavedRank, Any], iteration: int) -> Any:
+def _derived(taken: Taken, state: TrainingState, saved: tuple[SavedRank, Any], iteration: int) -> dict[str, Any]:
+    """The generators' states by name; their tensors go into `taken`."""
     rank, theirs = saved
-    capture = rng.capture(state.devices)
-    written, tensors = encode({"rng": capture})
+    written, tensors = encode({"rng": rng.capture(state.devices)})
     mine, of_mine = tree_of(written)["rng"], {key: fingerprint(tensor) for key, tensor in tensors}
     seeds = {
         name: _seed(name, iteration, rank.canonical(theirs.get(name)), _contents(mine[name], of_mine)) for name in mine
@@ -71,7 +81,8 @@ def _derived(taken: Taken, state: TrainingState, saved: tuple[SavedRank, Any], i
     }
     values, made = encode({"rng": derived})
     taken.tensors.update(made)
-    return tree_of(values)["rng"]
+    states: dict[str, Any] = tree_of(values)["rng"]
+    return states
 
 
 def _contents(written: Any, digests: Mapping[str, str]) -> Any:

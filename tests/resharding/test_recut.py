@@ -354,6 +354,13 @@ def test_random_numbers_go_on_where_it_is_known_whose_they_are(tmp_path: Path) -
         assert found == (draws(), False)
 
 
+def test_one_state_on_all_ranks_is_every_ranks(tmp_path: Path) -> None:
+    saved_with_seeds(tmp_path, [4, 4], tp=2)
+    found = resumed_draws(tmp_path, 2, 3, 99, dp=3)
+    reseed(4)
+    assert found == (draws(), False)
+
+
 def test_else_they_are_derived_and_that_is_said(tmp_path: Path) -> None:
     saved_with_seeds(tmp_path, [1, 2], dp=2)
     found = {(rank, seed): resumed_draws(tmp_path, rank, 3, seed, dp=3) for rank in range(3) for seed in (7, 8)}
