@@ -158,8 +158,12 @@ class _GlooGroup:
                 while not work.is_completed():
                     time.sleep(pause_s)
                     pause_s = min(pause_s * 1.1, 0.005)  # notices the end within a tenth of the wait
-                    self._live()
-                    vigil.check()
+                    group = self._live()
+                    try:
+                        vigil.check()
+                    except PeerLostError:
+                        self._break_off(group)  # of no use any more; and the other members need not wait as long
+                        raise
         try:
             work.wait(UNBOUNDED)
         except RuntimeError as error:

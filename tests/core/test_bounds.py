@@ -78,7 +78,7 @@ def late_on_rank_1(training: Training) -> None:
 @pytest.mark.long  # a peer that lives is given up after ten bounds
 def test_a_peer_that_lives_and_is_stuck_is_given_up_by_name_and_replication_goes_on_later(world: World) -> None:
     plan = world.plan(
-        "a", "b", steps=24, settle=(6, 7, 8, 9, 12), make=stuck_on_rank_1, resiliency={"exchange_timeout_s": 1.0}
+        "a", "b", steps=24, settle=(6, 7, 8, 9, 12), make=stuck_on_rank_1, resiliency={"exchange_timeout_s": 2.0}
     )
     results = values(world.run(plan, timeout_s=120.0))
     assert tuple(ran.digest for ran in results) == reference(2, 24)

@@ -87,7 +87,7 @@ def test_ranks_at_different_iterations_raise_the_same_error_through_a_tree() -> 
 
 def lose_one(rank: int, victim: int, how: str, what: str) -> str:
     """All but the victim, which says nothing any more, wait for each other until they know."""
-    communicator = TorchCommunicator(1.0, WIDEST)
+    communicator = TorchCommunicator(2.0, WIDEST)
     everybody = communicator.agreements("all")
     control = communicator.control("control", NODES)
     control.start([rank])
