@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from resilience import CheckpointConfig, ResiliencyConfig, ResilientTrainer
+from resilience.errors import ConfigError
 
 Whole = dict[str, torch.Tensor]
 
@@ -152,8 +153,14 @@ def load_with_trainer(rank: int, root: str) -> tuple[Whole, int]:
         return whole(model.state_dict()), trainer.iteration
 
 
-def start_with_plain_tensors(rank: int, root: str) -> None:
-    """A job that the format does not take."""
+def start_with_plain_tensors(rank: int, root: str) -> str:
+    """A job that the format does not take; returns what it is told."""
     model = nn.Linear(2, 2)
     checkpoint = CheckpointConfig(save=root, ckpt_format="fsdp_dtensor")
-    ResilientTrainer(model, torch.optim.AdamW(model.parameters()), checkpoint=checkpoint).close()
+    try:
+        ResilientTrainer(model, torch.optim.AdamW(model.parameters()), checkpoint=checkpoint).close()
+        told = "nothing"
+    except ConfigError as error:
+        told = str(error)
+    dist.barrier()  # a rank that is gone would be a failure of another kind for those that still join
+    return told
