@@ -37,6 +37,7 @@ class Start:
     dropout: float = 0.0
     every: int = 5
     options: tuple[tuple[str, Any], ...] = ()
+    run_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def work(rank: int, start: Start) -> Ran:
     training = Training(ParallelLayout(**start.sizes), start.dropout)
     interval = {"save_interval": start.every} if start.save else {}
     checkpoint = CheckpointConfig(save=start.save, load=start.load, **interval, **dict(start.options))
-    resiliency = ResiliencyConfig(memory_dir=start.memory, exchange_timeout_s=60.0)
+    resiliency = ResiliencyConfig(run_id=start.run_id, memory_dir=start.memory, exchange_timeout_s=60.0)
     with training.trainer(checkpoint=checkpoint, resiliency=resiliency) as trainer:
         resumed = trainer.resumed_from
         parts = parts_of(trainer) if resumed else []
