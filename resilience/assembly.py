@@ -125,6 +125,7 @@ def _assemble(
         max_restarts_without_progress=resiliency.max_restarts_without_progress,
         exit_on_missing=checkpoint.exit_on_missing_checkpoint,
         pretrained=checkpoint.pretrained_checkpoint is not None,
+        elastic=resiliency.elastic,
     )
     restorer = Restorer(
         job, setup, run_id, attempt, stores, gatherer, shared, topology, policy, clock, tell

@@ -99,7 +99,8 @@ class ResiliencyConfig:
     )
     elastic: bool = setting(
         True,
-        "Accept another world size on a restart. This version passes over saves of another world size, and says so.",
+        "Accept a persistent checkpoint of another world size on a restart. Saves on nodes of another world size are "
+        "passed over, with that reason.",
     )
 
     # cadence

@@ -49,7 +49,7 @@ class ElectionPolicy:
     """What the user's configuration says about the choice.
 
     `fork_id` goes with `ckpt_step`. `pretrained`: a `pretrained_checkpoint` is configured. `unknown_final`: the bound
-    for retrying unknown sources is used up.
+    for retrying unknown sources is used up. `elastic`: checkpoints of another world size may be loaded.
     """
 
     ckpt_step: int | None = None
@@ -59,6 +59,7 @@ class ElectionPolicy:
     exit_on_missing: bool = False
     pretrained: bool = False
     unknown_final: bool = False
+    elastic: bool = True
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,9 @@ def _why_not_shared(ballot: Ballot, each: SharedSave, *, by_tracker: bool = True
         return f"the tracker names {each.tracker}"
     if any(s.save == each.save and (s.where, s.tier) == (each.source, each.tier) for s in ballot.strikes):
         return "it failed to read or verify"
+    size = each.world_size
+    if not ballot.policy.elastic and each.source != "pretrained" and size not in (None, ballot.world_size):
+        return reasons.other_world_size(size or 0, ballot.world_size)
     return ""
 
 

@@ -138,6 +138,12 @@ def test_a_persistent_save_of_another_world_size_is_usable() -> None:
     assert reasons(decision).keys() == {40}
 
 
+def test_not_so_where_elastic_restarts_are_switched_off() -> None:
+    decision = decide(sources(shared=[folder(save(20), world=4)]), world=2, policy=ElectionPolicy(elastic=False))
+    assert decision.chosen is None
+    assert "saved by 4 ranks, and this start has 2" in reasons(decision)[20]
+
+
 def test_shards_of_another_world_size_are_passed_over_and_never_read_as_no_save_at_all() -> None:
     decision = decide(sources(*pair(save(40), world=4)), world=2)
     assert reasons(decision).keys() == {40}
