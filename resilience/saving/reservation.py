@@ -2,7 +2,7 @@
 
 Making a buffer takes five to fifteen times as long as copying into one. All that a rank will ever use are made by a
 lane of their own as soon as the layout is known; a save that comes before its buffer waits for that one, and a full
-mount is told and tried again with the next save.
+mount is told and tried again with the next save. Once all are there, they are put into huge pages.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Reservation:
                 while self._keeper.reserve(each.owner, each.nbytes, each.count, self._go_on):
                     pass
             self._lacking = wanted is not self._wanted
+            self._keeper.enlarge_pages(self._go_on)
         except OSError as error:
             if not self._ended:
                 what = f"not all buffers could be reserved ahead of the saves that need them: {error}"

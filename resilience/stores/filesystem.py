@@ -7,6 +7,7 @@ reserved before it is mapped (a full tmpfs is ENOSPC here, never SIGBUS later).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import mmap
@@ -51,11 +52,25 @@ class MappedFile:
     The mapping follows the inode, so that the file may be renamed under it.
     """
 
-    def __init__(self, path: Path, mapping: mmap.mmap, nbytes: int) -> None:
+    def __init__(self, path: Path, mapping: mmap.mmap, nbytes: int, start: int = 0) -> None:
+        """`start`: where in the mapping the file begins."""
         self.path = path
         self.nbytes = nbytes
+        self.huge_bytes: int | None = None  # how much of it lies in huge pages; None: nobody asked for any
         self._mapping: mmap.mmap | None = mapping
-        self.view = memoryview(mapping)[:nbytes]
+        self._start = start
+        self.view = memoryview(mapping)[start : start + nbytes]
+
+    def enlarge_pages(self, wanted: Callable[[], bool]) -> None:
+        """Have the kernel put what lies in memory into huge pages, once, where it can. For a lane: it takes its time.
+
+        The bytes may be in use meanwhile, and be closed. Ends early, to be called again, once `wanted()` says no.
+        """
+        mapping = self._mapping
+        if mapping is None or self.huge_bytes is not None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # no longer wanted; closed in this very moment
+            self.huge_bytes = pages.enlarge(mapping, self._start, self.nbytes, wanted)
 
     def close(self) -> None:
         """Unmap. Views that somebody still holds (tensors) keep the memory until they are dropped."""
@@ -186,14 +201,14 @@ class PosixFileSystem:
             raise _store_error("cannot create", path, error) from error
         try:
             pages.reserve(fd, nbytes, wanted)
-            mapping = mmap.mmap(fd, nbytes)
-            pages.populate(mapping, nbytes, wanted=wanted)
+            mapping, start = pages.map_file(fd, nbytes, mmap.MAP_SHARED)
+            pages.populate(mapping, nbytes, start=start, wanted=wanted)
         except OSError as error:
             _unlink_quietly(path)
             raise _store_error(f"cannot reserve {nbytes} bytes for", path, error) from error
         finally:
             os.close(fd)
-        return MappedFile(path, mapping, nbytes)
+        return MappedFile(path, mapping, nbytes, start)
 
     def open_mapping(self, path: Path, *, writable: bool = False, populate: bool = False) -> MappedFile:
         """Map an existing file;
@@ -208,10 +223,10 @@ class PosixFileSystem:
             try:
                 if writable:  # a sparse file would be SIGBUS on a full mount
                     pages.reserve(fd, nbytes, pages.always)
-                mapping = mmap.mmap(fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+                mapping, start = pages.map_file(fd, nbytes, flags)
                 if populate:
-                    pages.populate(mapping, nbytes, writable=writable)
-                return MappedFile(path, mapping, nbytes)
+                    pages.populate(mapping, nbytes, start=start, writable=writable)
+                return MappedFile(path, mapping, nbytes, start)
             except OSError as error:
                 raise _store_error("cannot map", path, error) from error
 

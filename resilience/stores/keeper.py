@@ -96,6 +96,16 @@ class ShardKeeper:
         self._make(owner, nbytes, stale, wanted, ahead=True)
         return True
 
+    def enlarge_pages(self, wanted: Callable[[], bool]) -> None:
+        """Have all buffers' content put into huge pages, where the kernel can. For a lane, when nothing waits for it.
+
+        What is saved in them, and read at a restart, is then mapped in no time. Ends early once `wanted()` says no.
+        """
+        with self._changed:
+            buffers = [arena for each in self._buffers.values() for arena in each]
+        for arena in buffers:
+            arena.mapped.enlarge_pages(wanted)
+
     def _begin_making(self, owner: int, nbytes: int) -> list[Arena]:
         """Under the lock. Returns free buffers of another layout: their memory goes back before new is asked for."""
         self._making[owner] = self._making.get(owner, 0) + 1

@@ -15,6 +15,7 @@ import pytest
 from resilience.errors import CorruptCopyError, StoreError, UnsafePathError
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.node_store import NodeStore
+from resilience.stores.pages import HUGE_BYTES, always
 
 FS = PosixFileSystem()
 NOBODY = 65534
@@ -184,6 +185,46 @@ def test_a_mapping_follows_its_file_through_a_rename_and_a_private_one_never_cha
     private.close()
     mapped.close()
     mapped.close()
+
+
+def test_a_file_put_into_huge_pages_keeps_its_bytes_and_is_mapped_in_them_by_whoever_comes_later(
+    memory_mount: Path,
+) -> None:
+    mapped = FS.create_mapping(memory_mount / "arena", 2 * HUGE_BYTES + 5000)
+    content = os.urandom(4096) * (mapped.nbytes // 4096 + 1)
+    mapped.view[:] = content[: mapped.nbytes]
+    mapped.enlarge_pages(lambda: False)
+    assert mapped.huge_bytes is None, "to be tried again"
+    mapped.enlarge_pages(always)
+    if not mapped.huge_bytes:
+        pytest.skip("this kernel puts no file of this mount into huge pages")
+    assert mapped.huge_bytes == 2 * HUGE_BYTES
+    before = _huge_bytes_mapped()
+    later = FS.open_mapping(memory_mount / "arena", populate=True)
+    assert _huge_bytes_mapped() - before == 2 * HUGE_BYTES
+    assert mapped.view == later.view == content[: mapped.nbytes]
+    later.view[0] ^= 1
+    assert mapped.view[0] == content[0], "what was mapped for reading is private, whatever its pages"
+    later.close()
+    mapped.close()
+    mapped.enlarge_pages(always)
+
+
+def _huge_bytes_mapped() -> int:
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("ShmemPmdMapped", "FilePmdMapped")))
+
+
+def test_a_mapping_of_any_size_begins_and_ends_with_its_file(tmp_path: Path) -> None:
+    for nbytes in (1, 4096, HUGE_BYTES - 1, HUGE_BYTES, HUGE_BYTES + 1, 3 * HUGE_BYTES + 4097):
+        mapped = FS.create_mapping(tmp_path / f"{nbytes}", nbytes)
+        assert len(mapped.view) == nbytes
+        mapped.view[0], mapped.view[-1] = 1, 2
+        mapped.close()
+        again = FS.open_mapping(tmp_path / f"{nbytes}")
+        assert bytes(again.view) == (tmp_path / f"{nbytes}").read_bytes()
+        assert again.view[-1] == 2
+        again.close()
 
 
 def test_an_empty_file_cannot_be_mapped(tmp_path: Path) -> None:
