@@ -42,6 +42,7 @@ COMMANDS = tuple(
         ("verify", "resilience.cli_verify", "check saves; with --deep read and hash every byte"),
         ("explain", "resilience.cli_explain", "tell what a start would resume from, and why"),
         ("prune", "resilience.cli_prune", "delete saves that nobody needs any more"),
+        ("convert", "resilience.cli_convert", "write a persistent checkpoint again in another format"),
         ("outcome", "resilience.cli_outcome", "tell how a run ended, for job scripts"),
         ("request", "resilience.cli_request", "ask a running job on this node to save or to stop"),
         ("doctor", "resilience.cli_doctor", "check a configuration and this machine before training"),

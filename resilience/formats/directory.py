@@ -84,11 +84,15 @@ class FolderFiles:
 
     def sha256(self, name: str) -> str:
         """Digest of a whole file, read once through a bounded window."""
-        whole = self.view(name)
         digest = hashlib.sha256()
-        for start in range(0, len(whole), _SEGMENT_BYTES):
-            digest.update(whole[start : start + _SEGMENT_BYTES])
+        for start in range(0, len(self.view(name)), _SEGMENT_BYTES):
+            digest.update(self.view(name)[start : start + _SEGMENT_BYTES])
+            self._unmap(name)  # what was read counts as this process's memory for as long as it is mapped
         return digest.hexdigest()
+
+    def _unmap(self, name: str) -> None:
+        if name in self._mapped:
+            self._mapped.pop(name).close()
 
     def close(self) -> None:
         mapped, self._mapped = self._mapped, {}

@@ -150,15 +150,20 @@ def write_small_files(
     nested = {name: file.sha256 for name, file in written.items() if "/" in name}
     if nested:
         small[NESTED_INTEGRITY] = encode_integrity(nested)
-    lengths = {name: file.nbytes for name, file in written.items()}
-    lengths |= {name: len(content) for name, content in small.items()}
-    record = FolderRecord(meta.run_id, meta.save, meta.world_size, backend.name, lengths, meta.base, meta.fork)
-    small[RECORD_NAME] = encode_folder(record)
+    if meta.run_id:
+        small[RECORD_NAME] = _record(backend, written, small, meta)
     digests = {name: file.sha256 for name, file in written.items() if "/" not in name}
     digests |= {name: _written(content).sha256 for name, content in small.items()}
     small[INTEGRITY] = encode_integrity(digests)
     for name, content in small.items():
         fs.write_file(folder / name, iter([memoryview(content)]))
+
+
+def _record(backend: Backend, written: Mapping[str, Written], small: Mapping[str, bytes], meta: SaveMeta) -> bytes:
+    lengths = {name: file.nbytes for name, file in written.items()}
+    lengths |= {name: len(content) for name, content in small.items()}
+    record = FolderRecord(meta.run_id, meta.save, meta.world_size, backend.name, lengths, meta.base, meta.fork)
+    return encode_folder(record)
 
 
 def _written(content: bytes) -> Written:

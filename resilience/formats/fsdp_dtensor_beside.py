@@ -48,7 +48,8 @@ def _beside(share: RankShare, meta: SaveMeta) -> Beside:
 def _groups_of(common: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """The parameter groups of each optimizer."""
     stored = common.get("optimizer", [])
-    return [each["param_groups"] for each in (stored if isinstance(stored, list) else [stored])]
+    each_one = stored if isinstance(stored, list) else [stored]
+    return [each["param_groups"] for each in each_one if "param_groups" in each]  # another program's may lie deeper
 
 
 def _by_parameter(groups: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,7 +60,9 @@ def _by_parameter(groups: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
 
 def _rng(share: RankShare) -> dict[str, Any]:
     """In the names and forms of Megatron; nothing where the save left random state out."""
-    whole = {chunk.key: chunk.tensor for chunk in share.chunks}
+    whole = {chunk.key: chunk.tensor for chunk in share.chunks if chunk.key.startswith("rng/")}
+    if not share.values:
+        return {}
     rng = plain_parts(share.values, ("rng",), whole.get).get("rng")
     if not rng:
         return {}

@@ -18,7 +18,7 @@ from resilience.errors import CorruptCopyError
 from resilience.formats.torch_archive import read_archive, saved_bytes
 from resilience.stores.filesystem import FileSystem
 
-__all__ = ["LOADER_FOLDER", "encode_loader", "loader_file", "read_loader"]
+__all__ = ["LOADER_FOLDER", "encode_loader", "loader_file", "loader_states", "read_loader"]
 
 LOADER_FOLDER = "dataloader_state"
 _NAME = re.compile(r"train_dataloader_dprank(\d{3,})\.pt")
@@ -40,18 +40,25 @@ def read_loader(folder: Path, fs: FileSystem, dp_rank: int, dp_size: int) -> tup
 
     CorruptCopyError if the file is there and holds anything but tensors and plain values in the known form.
     """
+    there = loader_states(folder, fs)
+    if not there:
+        return None, "the checkpoint has none"
+    if sorted(there) != list(range(dp_size)):
+        return None, f"it was saved for {len(there)} data-parallel ranks, and this start has {dp_size}"
+    path = there[dp_rank]
+    stored = read_archive(memoryview(fs.read(path, _LIMIT)), str(path))
+    if not isinstance(stored, dict) or _KEY not in stored:
+        raise CorruptCopyError(f"{path} holds no {_KEY}.")
+    return stored[_KEY], ""
+
+
+def loader_states(folder: Path, fs: FileSystem) -> dict[int, Path]:
+    """The files by data-parallel rank, from the first place that has any."""
     for place in (folder / LOADER_FOLDER, folder, folder.parent / LOADER_FOLDER / folder.name):
         found = fs.stat(place)
         if found is None or not found.is_dir:  # nothing, or a link that leads elsewhere
             continue
-        there = sorted(int(match[1]) for name in fs.list_dir(place) if (match := _NAME.fullmatch(name)))
-        if not there:
-            continue
-        if there != list(range(dp_size)):
-            return None, f"it was saved for {len(there)} data-parallel ranks, and this start has {dp_size}"
-        path = place / Path(loader_file(dp_rank)).name
-        stored = read_archive(memoryview(fs.read(path, _LIMIT)), str(path))
-        if not isinstance(stored, dict) or _KEY not in stored:
-            raise CorruptCopyError(f"{path} holds no {_KEY}.")
-        return stored[_KEY], ""
-    return None, "the checkpoint has none"
+        there = {int(match[1]): place / name for name in fs.list_dir(place) if (match := _NAME.fullmatch(name))}
+        if there:
+            return there
+    return {}

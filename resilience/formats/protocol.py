@@ -47,14 +47,23 @@ class Chunk:
     offsets: tuple[int, ...]
     per_rank: bool
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
 
 @dataclass(frozen=True)
 class RankShare:
     """What one rank gives to a save.
 
-    `values`: the JSON of its state's tree. `aliases`: tree path → the earlier path that has the same tensor. `files`:
-    its files besides the tensors, by name relative to the folder (`dataloader_state/train_dataloader_dprank000.pt`).
-    `common`: entries of `common.pt`, tensors and plain values only; rank 0's count.
+    `values`: the JSON of its state's tree; without any, the rank has nothing of its own and gets no object. `aliases`:
+    tree path → the earlier path that has the same tensor. `files`: its files besides the tensors, by name relative to
+    the folder (`dataloader_state/train_dataloader_dprank000.pt`). `common`: entries of `common.pt`, tensors and plain
+    values only; rank 0's count.
     """
 
     chunks: Sequence[Chunk]
@@ -71,7 +80,8 @@ class SaveMeta:
     `train_state` has Megatron Bridge's counters (`consumed_train_samples`, `do_train`, …): those it lacks are written
     as 0 or False, and `step` is the iteration. `run_config` becomes `run_config.yaml`. `tp` and `pp` are the sizes of
     tensor and pipeline parallelism (None: nobody said). `content` goes into
-    `content_metadata`, beside what is always there.
+    `content_metadata`, beside what is always there. `run_id` "": the content is another program's, and the folder gets
+    no record.
     """
 
     iteration: int

@@ -85,7 +85,7 @@ def _joined(path: NestedPath) -> str:
 
 def _has_bytes(chunk: Chunk) -> bool:
     """Whether it must be stored. An empty part of a tensor would share its offset with the part that follows it."""
-    return 0 not in chunk.tensor.shape or 0 in chunk.global_shape
+    return 0 not in chunk.sizes or 0 in chunk.global_shape
 
 
 class _RankFile:
@@ -125,7 +125,8 @@ class _RankFile:
         )
 
     def _pieces(self) -> Iterator[memoryview]:
-        yield from self._object(self._own_key, own_object(self._alone, self._share))
+        if self._share.values:
+            yield from self._object(self._own_key, own_object(self._alone, self._share))
         made: dict[int, bytes] = {}  # a hyperparameter is one object, stored for each of a group's parameters
         for path, stored in self._beside.items():
             if isinstance(stored, torch.Tensor):

@@ -74,7 +74,8 @@ def write_checkpoint(folder: Path, share: RankShare, meta: SaveMeta, agreements:
 
     def write() -> dict[str, Any]:
         own = write_own_files(folder, share, fs)
-        own |= rank.write_object(object_file(agreements.rank, meta.world_size), own_object(alone, share))
+        if share.values:
+            own |= rank.write_object(object_file(agreements.rank, meta.world_size), own_object(alone, share))
         return {"files": _to_json(own | rank.write_chunks()), "spilled": rank.spill()}
 
     answers = exchange(agreements, write, "write")
@@ -95,9 +96,9 @@ def write_checkpoint(folder: Path, share: RankShare, meta: SaveMeta, agreements:
 
 
 def _told(chunk: Chunk) -> list[Any]:
-    tensor = chunk.tensor
-    dtype = dtype_name(tensor.dtype)
-    return [stored_key(chunk.key), dtype, tensor.itemsize, [*chunk.global_shape], [*chunk.offsets], [*tensor.shape]]
+    dtype = chunk.dtype
+    shapes = [*chunk.global_shape], [*chunk.offsets], [*chunk.sizes]
+    return [stored_key(chunk.key), dtype_name(dtype), dtype.itemsize, *shapes]
 
 
 def _plan(parts: Sequence[Sequence[Any]], rank: int) -> Plan:
@@ -244,7 +245,7 @@ class _Rank:
                 rows = grid.chunk[0] - overlap.lengths[0] if grid.chunk else 0
                 yield from _zeros(rows * (region.nbytes // overlap.lengths[0]) if rows else 0)
                 return
-        dtype = self._shared[chunk.own[0][0]].tensor.dtype
+        dtype = self._shared[chunk.own[0][0]].dtype
         box = torch.zeros(grid.chunk, dtype=dtype)
         for number, overlap in chunk.own:
             _into(box, overlap.in_chunk, overlap.lengths).copy_(self._part(number, overlap))
