@@ -46,10 +46,10 @@ demo: $(VENV)/.base
 		--fault lose:node=2@33 --workdir demo-out --report demo-out/report.html
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not long"
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 test-full: $(VENV)/.test
-	$(PYTEST) -m long
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

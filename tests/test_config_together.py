@@ -23,7 +23,9 @@ def test_what_fits_together_is_accepted() -> None:
     checkpoint = CheckpointConfig(save="s", save_interval=100, **REPLICATED)
     validate_together(checkpoint, ResiliencyConfig())
     validate_together(checkpoint, ResiliencyConfig(cadence="auto", mtbf_hours=20))
-    validate_together(checkpoint, ResiliencyConfig(), world_size=4, ranks_per_node=1, domains=["a", "b", "c", "d"])
+    assert domains_problem(["a", "b", "c", "d"], ranks_per_node=1, save="s", save_interval=100) == ""
+    with pytest.raises(ConfigError, match="mtbf_hours"):
+        validate_together(checkpoint, ResiliencyConfig(cadence="auto"))
 
 
 def test_a_field_that_was_changed_after_construction_is_checked_at_the_start() -> None:

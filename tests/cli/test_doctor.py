@@ -109,4 +109,5 @@ def test_saves_on_one_node_without_shared_storage_are_warned_of(capsys: Any, con
 
 
 def test_a_configuration_that_is_not_there_is_wrong_usage(capsys: Any, tmp_path: Path) -> None:
-    ask_json(capsys, "doctor", "--config", tmp_path / "none.yaml", status=2)
+    error = ask_json(capsys, "doctor", "--config", tmp_path / "none.yaml", status=2)["error"]
+    assert "none.yaml" in error["message"]

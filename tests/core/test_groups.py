@@ -334,6 +334,8 @@ def agree_with_one_who_left(rank: int, how: str) -> str:
         group.maximum([1])
     except PeerLostError as error:
         return str(error)
+    finally:
+        group.close()  # the end of its last reference would wait for what is under way
     return "nothing was noticed"
 
 

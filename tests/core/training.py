@@ -140,7 +140,7 @@ class Training:
 
     def start(self) -> ResilientTrainer:
         """Collective: elects and restores."""
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()  # a bound on a peer's silence is about what comes now, not about who was made first
         self.trainer = ResilientTrainer(
             self.model, self.optimizer, scheduler=self.scheduler, dataloader=self.loader, extra_state=self.extra,

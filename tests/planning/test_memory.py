@@ -86,6 +86,9 @@ def test_a_node_that_is_too_small_is_refused_with_the_sum() -> None:
 
 
 def test_what_is_not_known_is_not_compared() -> None:
+    with pytest.raises(MemoryBudgetError):
+        check(node(), {"memory": None, "shared_memory": 0})
+    check(node(), {"memory": None, "shared_memory": None})
     check(node(), {"memory": None})
 
 

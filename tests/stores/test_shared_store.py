@@ -355,7 +355,9 @@ def test_an_owners_file_that_is_damaged_is_not_overwritten(tmp_path: Path) -> No
 
 def test_foreign_checkpoints_do_not_keep_a_run_out(tmp_path: Path) -> None:
     (tmp_path / "iter_0000005").mkdir()
-    owned(tmp_path)
+    publish(owned(tmp_path), 10)
+    assert usable(tmp_path) == [10]
+    assert (tmp_path / "iter_0000005").is_dir(), "nor are they touched"
 
 
 # -- what can be resumed from ----------------------------------------------------------------------------------------
