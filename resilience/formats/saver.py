@@ -7,20 +7,22 @@ ranks go through the same drains in the same order, and come to the same outcome
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resilience.errors import EvictedError, ResilienceError, SaveFailedError
 from resilience.formats.extras import Extras
+from resilience.formats.in_common import check_in_common
 from resilience.formats.once import once
 from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare, SaveMeta
 from resilience.planning.inventory import SaveId
 from resilience.planning.split import split_rows
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.arena import Arena
-from resilience.snapshot.layout import Layout
+from resilience.snapshot.equality import Across
+from resilience.snapshot.layout import Layout, Piece
 from resilience.state.reconcile import without_entries, without_parts
 from resilience.state.sharding import without_block
 from resilience.stores.filesystem import FileSystem
@@ -67,7 +69,8 @@ class DrainJob:
     part: int = 0  # this rank's place in its data-parallel group, and the group's size
     parts: int = 1
     fully_parallel: bool = True  # the group shares the writing of what it shares; else the first one writes it
-    elsewhere: frozenset[str] = frozenset()  # keys that another group writes for this one too
+    across: Across = field(default_factory=Across)  # what other data-parallel groups have too
+    group_number: int = 0  # of this rank's data-parallel group
 
 
 class SharedSaver:
@@ -93,6 +96,7 @@ class SharedSaver:
                     told = isinstance(error, ResilienceError)
                     problem = str(error) if told else f"{type(error).__name__}: {error}"
             self._agree(problem)
+            check_in_common(_in_common(job, target), job.group_number, self._group)
             share = replace(share, chunks=once(share.chunks, self._group))
             folder = self._leader(lambda store=store: str(store.begin(job.save.iteration, job.save.attempt)))  # type: ignore[misc]
             self._form.save(Path(folder), share, target.meta, self._group, self._fs)
@@ -152,13 +156,23 @@ def chunks_of(
         piece, key = placed.piece, without_block(placed.piece.key)
         if key.split("/", 1)[0] in leave_out or key in skip:
             continue
-        if piece.shared and piece.key in job.elsewhere:
+        if piece.shared and piece.key in job.across.elsewhere:
             continue
         if piece.shared and not job.split:
             whole.append(position)
             continue
         chunks.append(Chunk(key, arena.views[position], piece.global_shape, piece.offsets, not piece.shared))
     return chunks + _rows(arena, layout, whole, job)
+
+
+def _in_common(job: DrainJob, target: DrainTarget) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """This rank's rows of what other groups have too; where every rank has all rows, those of the first."""
+    if job.arena is None or job.arena.layout is None or not (job.split or job.part == 0):
+        return
+    for position, placed in enumerate(job.arena.layout.placed):
+        piece = placed.piece
+        if piece.shared and piece.key in job.across.common and piece.key.split("/", 1)[0] not in target.leave_out:
+            yield piece, job.arena.views[position]
 
 
 def _rows(arena: Arena, layout: Layout, whole: Sequence[int], job: DrainJob) -> list[Chunk]:

@@ -22,7 +22,7 @@ from resilience.replication.protection import UNEQUAL, UNHEALTHY, Board
 from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
 from resilience.saving.wish import Snapshot, Wish
-from resilience.snapshot.equality import Sample
+from resilience.snapshot.equality import Across, Sample
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.tokenizer import tokenizer_files
 from resilience.state.training_state import TrainingState
@@ -99,7 +99,7 @@ class Drain:
             save, snapshot.arena if snapshot else None, snapshot.collected.values if snapshot else b"", aliases,
             tuple(self._targets(save, wish, log, keep_persistent)), self._extras, problem,
             snapshot.job.split if snapshot else True, members.index(job.rank), len(members),
-            self._checkpoint.fully_parallel_save, snapshot.elsewhere if snapshot else frozenset(),
+            self._checkpoint.fully_parallel_save, snapshot.across if snapshot else Across(), members[0],
         )  # fmt: skip
 
     def _targets(self, save: SaveId, wish: Wish, log: AttemptLog, keep_persistent: int | None) -> Iterator[DrainTarget]:

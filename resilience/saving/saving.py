@@ -298,7 +298,7 @@ class Saving:
         if wish.on_nodes and wish.drain:
             keeper.pin(arena)
         job_of_it = SaveJob(save, arena, sample, self._planner.split, healthy)
-        return Snapshot(arena, collected, job_of_it, self._planner.elsewhere)
+        return Snapshot(arena, collected, job_of_it, self._planner.across)
 
     def _reserve(self) -> None:
         """Have the buffers of all saves to come made in the background: the training thread's own first."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from resilience.replication.protection import SaveJob
 from resilience.snapshot.arena import Arena
+from resilience.snapshot.equality import Across
 from resilience.state.items import Collected
 
 __all__ = ["Snapshot", "Wish"]
@@ -32,10 +33,10 @@ class Wish:
 class Snapshot:
     """A filled and sealed arena, pinned once for each lane that reads it.
 
-    `elsewhere`: keys that another data-parallel group writes to shared storage for this one too.
+    `across`: what other data-parallel groups have too.
     """
 
     arena: Arena
     collected: Collected
     job: SaveJob
-    elsewhere: frozenset[str] = frozenset()
+    across: Across = field(default_factory=Across)

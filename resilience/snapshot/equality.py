@@ -19,7 +19,7 @@ import xxhash
 from resilience.replication.communicator import Agreements
 from resilience.state.items import Item
 
-__all__ = ["RotatingShare", "Sample", "agree_across", "agree_shared"]
+__all__ = ["Across", "RotatingShare", "Sample", "agree_across", "agree_shared"]
 
 _BUFFER_BYTES: Final = 32 << 20
 _SHARE_BYTES: Final = 2 << 20
@@ -48,10 +48,20 @@ def agree_shared(items: Sequence[Item], group: Agreements) -> tuple[frozenset[st
     return equal, frozenset(keys) - equal
 
 
+@dataclass(frozen=True)
+class Across:
+    """Keys of a group's shared items that another group has too: equal ones, those of these that the other writes, and
+    those that differ."""
+
+    common: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
+    differ: frozenset[str] = frozenset()
+
+
 def agree_across(
     items: Sequence[Item], shared: frozenset[str], group: Agreements, leaders: Agreements | None
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Which of the group's shared items another group has too: those it need not write, and those that differ there.
+) -> Across:
+    """Which of the group's shared items another group has too.
 
     An item that several groups have with equal bytes is left to the first of them. Collective over `group`, whose rank
     0 has `leaders` (the first ranks of all groups), the others None.
@@ -72,11 +82,14 @@ def agree_across(
             words = _numbers(payload)
             for name, content in zip(words[::2], words[1::2], strict=True):
                 contents.setdefault(name, set()).add(content)
+        common = shared & {candidates[name].key for name in contested}
         unlike = shared & {candidates[name].key for name in contested if len(contents[name]) > 1}
         left = shared & {candidates[name].key for name in contested if holders[name][0] != leaders.rank}
-        answer = group.broadcast(json.dumps([sorted(left - unlike), sorted(unlike)]).encode())
-    elsewhere, differ = json.loads(answer)
-    return frozenset(elsewhere), frozenset(differ)
+        answer = group.broadcast(
+            json.dumps([sorted(each) for each in (common - unlike, left - unlike, unlike)]).encode()
+        )
+    common, elsewhere, differ = map(frozenset, json.loads(answer))
+    return Across(common, elsewhere, differ)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from resilience.errors import DivergedRanksError, LayoutMismatchError, Resilienc
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.copier import EagerCopier
-from resilience.snapshot.equality import RotatingShare, Sample, agree_across, agree_shared
+from resilience.snapshot.equality import Across, RotatingShare, Sample, agree_across, agree_shared
 from resilience.snapshot.layout import Layout, plan_layout
 from resilience.snapshot.pieces import pieces_of
 from resilience.state.items import Collected, Item
@@ -49,7 +49,7 @@ class SnapshotPlanner:
         self.split = split and len(self._ranks) > 1
         self.layout: Layout | None = None
         self.shared: frozenset[str] = frozenset()
-        self.elsewhere: frozenset[str] = frozenset()  # shared, and written to shared storage by another group
+        self.across = Across()  # what other groups have too
         self._unequal: frozenset[str] = frozenset()  # told already
         self._structure: tuple[object, ...] = ()
         self._share = RotatingShare((), frozenset())
@@ -66,10 +66,10 @@ class SnapshotPlanner:
         if failed:
             raise DivergedRanksError("another rank could not collect its state.", advice="See that rank's log.")
         self.shared, differ = agree_shared(collected.items, groups.own)
-        self.elsewhere = frozenset()
+        self.across = Across()
         if groups.several:
-            self.elsewhere, unlike = agree_across(collected.items, self.shared, groups.own, groups.leaders)
-            self.shared, differ = self.shared - unlike, differ | unlike
+            self.across = agree_across(collected.items, self.shared, groups.own, groups.leaders)
+            self.shared, differ = self.shared - self.across.differ, differ | self.across.differ
         news, self._unequal = differ - self._unequal, self._unequal | differ
         self._structure = _structure(collected.items)
         self._share = RotatingShare(collected.items, self.shared)

@@ -69,7 +69,7 @@ def save(folder: Path, states: Sequence[TrainingState]) -> list[frozenset[str]]:
                 without_block(i.key), i.tensor.detach().clone(), i.global_shape, i.offsets, i.key not in planner.shared
             )
             for i in collected[world.rank].items
-            if i.alias_of is None and not (i.key in planner.shared and (part > 0 or i.key in planner.elsewhere))
+            if i.alias_of is None and not (i.key in planner.shared and (part > 0 or i.key in planner.across.elsewhere))
         ]
         aliases = {i.key: i.alias_of for i in collected[world.rank].items if i.alias_of is not None}
         share = RankShare(once(chunks, world), collected[world.rank].values, aliases)
