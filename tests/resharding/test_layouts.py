@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 def test_four_ranks_of_two_stages_go_on_as_one(saved: Saved) -> None:
     ranks = saved.check({"tp": 1})
     assert any("saved by 4 ranks (tp=2, pp=2, dp=1, cp=1, ep=1), resumed by 1" in note for note in ranks[0].notes)
-    assert any(note.startswith("random numbers: not those of an undisturbed run") for note in ranks[0].notes)
+    assert any("not those of an undisturbed run" in note for note in ranks[0].notes)
 
 
 def test_experts_and_data_are_shared_out_over_two_ranks(saved: Saved) -> None:
