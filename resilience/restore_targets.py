@@ -1,7 +1,7 @@
 """Which stored tensor, or part of one, belongs to which key of the live state, and a place to read each into.
 
 A tensor that is whole in the checkpoint is cut as its live counterpart is on this rank; optimizer state is cut as its
-parameter.
+parameter, or as a distributed optimizer keeps it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ def index_of(
     `from_live`: the keys whose description in the tree is the live one's.
     """
     index: dict[str, SavedItem] = {}
+    shardings = state.shardings()
     for key, stored in stored_tensors.items():
-        if key not in own.tensors:
+        flat = shardings.of_slices(key, stored.global_shape)
+        if key in own.tensors:
+            continue
+        if flat is not None:
+            blocks = [(block.offsets, block.shape) for block in flat.blocks]
+            index |= _blocks(key, stored.dtype, stored.global_shape, blocks)
+        else:
             index |= stored_like(key, stored.dtype, stored.global_shape, _live_like(key, live, state))
     for key, tensor in own.tensors.items():
         index |= stored_like(key, tensor.dtype, tuple(tensor.shape), ())
@@ -80,10 +87,16 @@ def stored_like(key: str, dtype: torch.dtype, shape: tuple[int, ...], live: Sequ
     """A whole tensor, or the parts of it that the live one has on this rank."""
     if not live or live[0].global_shape != shape:
         return {key: SavedItem(key, dtype, shape, (0,) * len(shape), shape)}
-    names = [key] if len(live) == 1 else [block_key(key, number) for number in range(len(live))]
+    return _blocks(key, dtype, shape, [(item.offsets, tuple(item.tensor.shape)) for item in live])
+
+
+def _blocks(
+    key: str, dtype: torch.dtype, whole: tuple[int, ...], blocks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> dict[str, SavedItem]:
+    names = [key] if len(blocks) == 1 else [block_key(key, number) for number in range(len(blocks))]
     return {
-        name: SavedItem(name, dtype, shape, item.offsets, tuple(item.tensor.shape))
-        for name, item in zip(names, live, strict=True)
+        name: SavedItem(name, dtype, whole, offsets, shape)
+        for name, (offsets, shape) in zip(names, blocks, strict=True)
     }
 
 

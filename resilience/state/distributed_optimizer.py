@@ -31,7 +31,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Slice:
     """The part of one parameter that this rank keeps: its elements `start` to `stop` in C order.
 
-    `main`: float32, one-dimensional, live. `bucket` and `bucket_start` say where it lies.
+    `main`: float32, live, one-dimensional (without dimensions where the parameter has none). `bucket` and
+    `bucket_start` say where it lies.
     """
 
     parameter: torch.nn.Parameter
@@ -108,7 +109,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             inner.update({name: value for name, value in outer.items() if name != "params"})
         for each in self._slices.values():
             grad = each.parameter.grad
-            each.main.grad = None if grad is None else grad.reshape(-1)[each.start : each.stop].to(torch.float32)
+            if grad is not None:
+                grad = grad.reshape(-1)[each.start : each.stop].view_as(each.main).to(torch.float32)
+            each.main.grad = grad
         self.inner.step()
         for each in self._slices.values():
             each.main.grad = None
@@ -172,8 +175,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 start, stop = max(placed.start, share.start), min(placed.stop, share.stop)
                 if start >= stop:
                     continue
-                part = torch.nn.Parameter(main[start - share.start : stop - share.start], requires_grad=True)
                 parameter = self._parameters[placed.index]
+                part = main[start - share.start : stop - share.start]
+                part = torch.nn.Parameter(part if parameter.dim() else part.view(()), requires_grad=True)
                 yield Slice(parameter, start - placed.start, stop - placed.start, part, number, start)
 
     def _inner_groups(self) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from resilience.errors import UnsupportedStateError
+from resilience.state.flat_sharding import FlatSharding
 from resilience.state.sharding import Shardings, block_key, may_be_cut
 from resilience.state.tensors import is_dtensor, local_part, placement_names
 
@@ -26,7 +27,7 @@ class Item:
     """One tensor of this rank's state. `tensor` is live (no copy): it changes with the next optimizer step.
 
     `replicated` marks a candidate: what another rank has under the same key at the same place may be a copy of it
-    (parameters, buffers, optimizer state that is not sharded by a DTensor over these ranks); everything else belongs to
+    (parameters, buffers, optimizer state that is not divided over these ranks); everything else belongs to
     this rank alone. `alias_of` names an earlier item with the same storage, shape and stride, whose bytes are this
     one's too. A tensor of several blocks (see `sharding.py`) is several items.
     """
@@ -94,7 +95,7 @@ def items_of(
             place = place_of(key, tensor, places)
             parts, whole, sharded = [(key, local, place.offsets)], place.global_shape, place.sharded
         elif (said := shardings.of(key, tensor)) is not None:
-            parts, whole, sharded = said.parts(key, local), said.global_shape, False
+            parts, whole, sharded = said.parts(key, local), said.global_shape, isinstance(said, FlatSharding)
         else:
             whole = tuple(local.shape)
             parts, sharded = [(key, local, _ORIGIN[: len(whole)])], False

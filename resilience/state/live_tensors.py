@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from resilience.state.flat_sharding import FlatSharding
 from resilience.state.items import Item, SavedItem, items_of, place_on_mesh
 from resilience.state.model_state import storage_of
 from resilience.state.sharding import Sharding, state_prefix
@@ -68,6 +69,9 @@ class LiveTensors:
 
     def parts(self, ref: TensorRef, saved: Sequence[SavedItem], target: torch.Tensor) -> list[torch.Tensor]:
         """Where in `target` the bytes of each block of `ref` belong."""
+        flat = self._shardings.of_slices(ref.key, saved[0].global_shape)
+        if flat is not None:
+            return [part for _, part, _ in flat.parts(ref.key, target)]
         if len(saved) == 1:
             return [target]
         sharding = self._sharding(ref.key, tuple(target.shape))
@@ -140,7 +144,7 @@ class LiveTensors:
             self._locals[key] = local_part(self._tensors[key])
         return self._locals[key]
 
-    def _sharding(self, key: str, shape: tuple[int, ...]) -> Sharding | None:
+    def _sharding(self, key: str, shape: tuple[int, ...]) -> Sharding | FlatSharding | None:
         """What was said of the live tensor, or of the parameter whose state of this shape it is."""
         live = self._tensors.get(key)
         if live is not None and not is_dtensor(live):
@@ -150,11 +154,14 @@ class LiveTensors:
     def _shape(self, key: str, saved: Sequence[SavedItem]) -> tuple[int, ...]:
         """The shape of all blocks together, on this rank."""
         first = saved[0].shape
+        flat = self._shardings.of_slices(key, saved[0].global_shape)
+        if flat is not None:
+            return flat.shape
         parameter = self._parameters.get(state_prefix(key))
         if len(saved) == 1:
             return first
         sharding = self._sharding(key, () if parameter is None else tuple(local_part(parameter).shape))
-        if sharding is None:
+        if not isinstance(sharding, Sharding):
             return first
         rows = sum(item.shape[sharding.dim] for item in saved)
         return (*first[: sharding.dim], rows, *first[sharding.dim + 1 :])

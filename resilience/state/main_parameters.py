@@ -42,6 +42,6 @@ def renew_main_parameters(optimizer: Any, stored: StoredWeights | None) -> None:
         for part in optimizer.slices() if stored is not None else ():
             weight = stored.by_parameter.get(part.parameter) if stored is not None else None
             if weight is not None:
-                part.main.copy_(weight.reshape(-1)[part.start : part.stop])
+                part.main.copy_(weight.reshape(-1)[part.start : part.stop].view_as(part.main))
     elif keeps_main_parameters(optimizer):
         optimizer.reload_model_params(*(() if stored is None else (stored.state_dict,)))

@@ -3,20 +3,20 @@
 Torch's own `load_state_dict` casts state to the parameter's dtype (a float32 momentum of a bfloat16 parameter comes
 back rounded) and goes by position; so state is read from and written to `optimizer.state` and `param_groups` directly,
 by the parameter's name in the model. Hooks on `Optimizer.state_dict` are not run. An optimizer that brings its own
-`state_dict` or `load_state_dict` goes through those.
+`state_dict` or `load_state_dict` goes through those; a `DistributedOptimizer` has a file of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 
 from resilience.errors import ConfigError
-
-#: Gives the names of the models' parameters by identity (`id`). Called when an optimizer's groups change, no oftener.
-NamesById = Callable[[], Mapping[int, str]]
+from resilience.state.distributed_optimizer import DistributedOptimizer
+from resilience.state.distributed_state import DistributedOptimizerState
+from resilience.state.optimizer_groups import NamesById, groups_by_name, groups_differ, load_groups
 
 
 class OptimizerState:
@@ -55,16 +55,9 @@ class OptimizerState:
         where = f"optimizer/{self.position}"
         if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
             return [f"{where}: saved from an object with its own state_dict, here it is a torch optimizer"]
-        here, there = self._groups(), saved["param_groups"]
-        if len(here) != len(there):
-            return [
-                f"{where}: saved with {len(there)} param groups, here it has {len(here)} (groups that were added by "
-                f"add_param_group have to be added before the restore)"
-            ]
-        found = []
-        for index, (live, old) in enumerate(zip(here, there, strict=True)):
-            if live["params"] != old["params"]:
-                found.append(f"{where}/param_groups/{index}: {_difference_of_names(old['params'], live['params'])}")
+        if "slices" in saved:
+            return [f"{where}: saved from a DistributedOptimizer, of which each rank has a part"]
+        found = groups_differ(where, saved["param_groups"], self._groups())
         known = self.parameters()
         found += [f"{where}/state/{name}: saved, but no parameter here" for name in saved["state"] if name not in known]
         if saved.get("parameters", {}).keys() != self._outside:
@@ -72,31 +65,16 @@ class OptimizerState:
         return found
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Put back state and groups; what a saved tensor holds becomes the optimizer's own, not a copy.
-
-        Group dicts stay the same objects, and a hyperparameter that is a tensor keeps its memory (compiled and captured
-        steps hold on to it).
-        """
+        """Put back state and groups; what a saved tensor holds becomes the optimizer's own, not a copy."""
         parameters = self.parameters()
         self.optimizer.state.clear()
         for name, state in saved["state"].items():
             self.optimizer.state[parameters[name]] = state
         self.optimizer.state.update(saved.get("shared", {}))
-        for live, old in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
-            for name, value in old.items():
-                if name == "params":
-                    continue
-                if not _copied_into(live.get(name), value):
-                    live[name] = value
+        load_groups(self.optimizer.param_groups, saved["param_groups"])
 
     def _groups(self) -> list[dict[str, Any]]:
-        names = self._names()
-        groups = []
-        for group, named in zip(self.optimizer.param_groups, names, strict=True):
-            # By name: the order in which hyperparameters were added to a group says nothing.
-            hyperparameters = {key: group[key] for key in sorted(group, key=str) if key != "params"}
-            groups.append({**hyperparameters, "params": [name for _, name in named]})
-        return groups
+        return groups_by_name(self.optimizer.param_groups, [[name for _, name in named] for named in self._names()])
 
     def _parameters(self) -> Iterator[tuple[torch.Tensor, str]]:
         for group in self._names():
@@ -150,8 +128,14 @@ class OpaqueOptimizerState:
         self.optimizer.load_state_dict(saved["state_dict"])
 
 
-def optimizer_state(optimizer: Any, position: int, names_by_id: NamesById) -> OptimizerState | OpaqueOptimizerState:
+#: An optimizer as a part of the training state.
+AnyOptimizerState: TypeAlias = OptimizerState | DistributedOptimizerState | OpaqueOptimizerState
+
+
+def optimizer_state(optimizer: Any, position: int, names_by_id: NamesById) -> AnyOptimizerState:
     """The way in which this optimizer's state is read and written."""
+    if isinstance(optimizer, DistributedOptimizer):
+        return DistributedOptimizerState(optimizer, position, names_by_id)
     ours, base = type(optimizer), torch.optim.Optimizer
     if isinstance(optimizer, base) and (ours.state_dict, ours.load_state_dict) == (
         base.state_dict,
@@ -159,29 +143,3 @@ def optimizer_state(optimizer: Any, position: int, names_by_id: NamesById) -> Op
     ):
         return OptimizerState(optimizer, position, names_by_id)
     return OpaqueOptimizerState(optimizer, position)
-
-
-def _copied_into(live: Any, saved: Any) -> bool:
-    if not isinstance(live, torch.Tensor) or not isinstance(saved, torch.Tensor):
-        return False
-    if live.shape != saved.shape or live.dtype != saved.dtype:
-        return False
-    with torch.no_grad():
-        live.copy_(saved)
-    return True
-
-
-def _difference_of_names(saved: list[str], here: list[str]) -> str:
-    missing, added = [n for n in saved if n not in here], [n for n in here if n not in saved]
-    if not missing and not added:
-        return "holds the same parameters in another order"
-    parts = []
-    if missing:
-        parts.append(f"saved with {_few(missing)}, which it lacks here")
-    if added:
-        parts.append(f"holds {_few(added)}, which the save lacks")
-    return "; ".join(parts)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -83,11 +83,13 @@ class Taken:
 
 
 def is_cut_alike(state: TrainingState, saved_values: bytes, saved_layout: ParallelLayout | None) -> bool:
-    """Whether what this very rank saved fits it as it is: the same layout, the same DTensor placements."""
+    """Whether what this very rank saved fits it as it is: the same layout, DTensor placements and optimizer slices."""
     if saved_layout is not None and saved_layout != state.layout:
         return False
-    before = _placements(tree_of(saved_values).get("model"))
-    now = _placements(tree_of(encode(state.tree(("model",)))[0]).get("model"))
+    saved, live = tree_of(saved_values), tree_of(encode(state.tree(("model", "optimizer")))[0])
+    if "optimizer" in saved and _slices(saved["optimizer"]) != _slices(live["optimizer"]):
+        return False
+    before, now = _placements(saved.get("model")), _placements(live.get("model"))
     return all(now[key] == placed for key, placed in before.items() if key in now)
 
 
@@ -201,6 +203,11 @@ def _is_tensor(written: Any) -> bool:
 
 def _placements(models: Any) -> dict[str, Any]:
     return {str(ref.get("$tensor")): ref.get("placements") for ref in tensor_refs(models)}
+
+
+def _slices(optimizers: Any) -> list[Any]:
+    """How each optimizer was divided over the ranks: None where it was not."""
+    return [each.get("slices") if isinstance(each, dict) else None for each in optimizers]
 
 
 def _raise_if_any(problems: Sequence[str]) -> None:

@@ -55,7 +55,12 @@ class _Optimizer:
             whole: dict[str, Any] = self._taken.one(self._where, self._saved) or {}
             return whole
         wanted = [name for group in self._live["param_groups"] for name in group["params"]]
+        slices = self._live.get("slices")
+        if slices is not None:  # a rank has state of what it keeps elements of
+            wanted = [name for name in wanted if name in slices]
         tree = {"state": self._states(wanted), "param_groups": self._groups()}
+        if slices is not None:
+            tree["slices"] = slices
         for part in ("parameters", "shared"):  # what belongs to no parameter of a model
             found = [(rank, saved.get(part)) for rank, saved in self._saved]
             if any(written is not None for _, written in found) or part in self._live:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from resilience.errors import ConfigError, UnsupportedStateError
 from resilience.state.tensors import is_dtensor
+
+if TYPE_CHECKING:
+    from resilience.state.flat_sharding import FlatSharding
 
 __all__ = ["Block", "Sharding", "Shardings", "block_key", "shard", "shard_at", "sharding_of", "without_block"]
 
@@ -112,32 +115,48 @@ def sharding_of(tensor: torch.Tensor) -> Sharding | None:
 
 
 class Shardings:
-    """What was said, by the keys of a training state: a state dict lists other objects than those it was said of."""
+    """What was said, by the keys of a training state: a state dict lists other objects than those it was said of.
 
-    def __init__(self, named: Iterable[tuple[str, torch.Tensor]], prefixes: Iterable[tuple[str, torch.Tensor]]) -> None:
+    The slices of distributed optimizers say it of themselves, by what the keys of a parameter's state begin with.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        prefixes: Iterable[tuple[str, torch.Tensor]],
+        slices: Iterable[tuple[str, FlatSharding]] = (),
+    ) -> None:
         """`named`: key → live parameter or buffer; `prefixes`: what the keys of a parameter's state begin with."""
         self._by_key = dict(_found(named))
         self._by_prefix = dict(_found(prefixes))
+        self._slices = dict(slices)
 
     @classmethod
     def when_any(
         cls,
         named: Callable[[], Iterable[tuple[str, torch.Tensor]]],
         prefixes: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        slices: Iterable[tuple[str, FlatSharding]],
     ) -> Shardings:
-        """The same; walks over nothing in a process where nothing was said."""
-        return cls(named(), prefixes()) if _said else cls((), ())
+        """The same; walks over no tensors in a process where nothing was said."""
+        return cls(named(), prefixes(), slices) if _said else cls((), (), slices)
 
-    def of(self, key: str, tensor: torch.Tensor) -> Sharding | None:
+    def of(self, key: str, tensor: torch.Tensor) -> Sharding | FlatSharding | None:
         """The sharding of what stands under `key`. Of models and optimizers only: all else is a rank's own."""
-        if not _said or not may_be_cut(key):
+        if not (_said or self._slices) or not may_be_cut(key):
             return None
         return sharding_of(tensor) or self._by_key.get(key) or self.of_state(key, tuple(tensor.shape))
 
-    def of_state(self, key: str, shape: tuple[int, ...]) -> Sharding | None:
+    def of_state(self, key: str, shape: tuple[int, ...]) -> Sharding | FlatSharding | None:
         """That of the parameter whose optimizer state stands under `key`, if it has this shape."""
-        found = self._by_prefix.get(state_prefix(key))
+        prefix = state_prefix(key)
+        found = self._slices.get(prefix) or self._by_prefix.get(prefix)
         return found if found is not None and found.shape == shape else None
+
+    def of_slices(self, key: str, global_shape: tuple[int, ...]) -> FlatSharding | None:
+        """Where this rank's slice of a stored tensor of optimizer state lies; None if it is not kept in slices here."""
+        found = self._slices.get(state_prefix(key))
+        return found if found is not None and found.global_shape == global_shape else None
 
 
 def may_be_cut(key: str) -> bool:

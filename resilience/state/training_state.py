@@ -18,6 +18,8 @@ import torch
 from resilience.errors import ConfigError
 from resilience.state import rng
 from resilience.state.dataloader import LoaderCursor
+from resilience.state.distributed_state import DistributedOptimizerState
+from resilience.state.flat_sharding import FlatSharding
 from resilience.state.items import Collected, Place, SavedItem, items_of
 from resilience.state.load_plan import LoadPlan
 from resilience.state.model_state import ModelState
@@ -141,13 +143,19 @@ class TrainingState:
 
     def shardings(self) -> Shardings:
         """Which of the tensors that `collect` finds were said to be parts of a whole."""
-        return Shardings.when_any(self._named_tensors, self.state_prefixes)
+        return Shardings.when_any(self._named_tensors, self.state_prefixes, self._slices())
 
     def state_prefixes(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the keys of each parameter's optimizer state begin with, and the parameter."""
         for optimizer in self.optimizers:
             for name, parameter in optimizer.parameters().items():
                 yield f"optimizer/{optimizer.position}/state/{path_component(name)}", parameter
+
+    def _slices(self) -> Iterator[tuple[str, FlatSharding]]:
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, DistributedOptimizerState):
+                for name, flat in optimizer.shardings():
+                    yield f"optimizer/{optimizer.position}/state/{path_component(name)}", flat
 
     def _named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for model in self.models:
