@@ -67,7 +67,6 @@ def run_ranks(
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    began = time.monotonic()
     meeting = tempfile.TemporaryDirectory(prefix="resilience-ranks-", dir=_memory())
     place = f"{meeting.name}/store" if distributed else ""
     running: list[tuple[Any, Connection]] = []
@@ -79,6 +78,7 @@ def run_ranks(
         process.start()
         there.close()
         running.append((process, here))
+    began = time.monotonic()  # now that the server is up: the first ranks of a test process wait for its imports
     try:
         deadline = began + timeout_s
         outcomes = {rank: _outcome(*running[rank], deadline, began) for rank in until or range(size)}
@@ -149,6 +149,7 @@ def _rank(
             store = dist.FileStore(place, size)
             timeout = timedelta(seconds=_WORLD_TIMEOUT_S)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+            dist.barrier()  # nobody leaves while another is still connecting
         told = {"value": work(rank, *args)}
     except BaseException as error:  # noqa: BLE001 - whatever it is (SystemExit too), the test has to see it
         told = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
