@@ -7,6 +7,7 @@ verified stays so over the rounds of an election.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from resilience.errors import CorruptCopyError, ResilienceError
 from resilience.job import Job
@@ -43,6 +44,7 @@ class ShardGatherer:
         self._keeper = keeper
         self._sources = topology.held()[job.rank]
         self._tell = tell
+        self._opened: dict[Path, OpenShard] = {}
         self._verified: dict[tuple[SaveId, int], OpenShard] = {}
         self._landed: dict[tuple[SaveId, int], OpenShard] = {}  # fetched, in mappings that the keeper owns
         self._borrowed: list[tuple[SaveId, int]] = []  # fetched for the load only
@@ -60,7 +62,8 @@ class ShardGatherer:
             self._communicator,
             round_name,
             read=lambda fetch: self._read(save, fetch),
-            land=lambda fetch: self._land(save, fetch),
+            land=lambda fetch: self._keeper.slot(fetch.owner, fetch.nbytes, reserved=False),
+            make_ready=self._keeper.make_ready,
             meanwhile=lambda: strikes.extend(self._verify_share(save, plan)),
         )
         problem: OSError | None = None
@@ -140,14 +143,15 @@ class ShardGatherer:
                 continue
             if (save, owner) not in self._verified:
                 location = self._fetched(save, owner) if owner not in copies else self._find(save, copies[owner])
-                self._verified[save, owner] = open_shard(location.path, self._keeper.store.fs, location.record)
+                self._verified[save, owner] = self._open(location)
             found[owner] = self._verified[save, owner]
         return found
 
     def close(self) -> None:
         """Unmap; give up what was fetched only for the load. Local, after every rank of the node loaded."""
-        for shard in self._verified.values():
+        for shard in self._opened.values():
             shard.close()
+        self._opened.clear()
         self._verified.clear()
         self._landed.clear()
         for save, owner in self._borrowed:
@@ -158,10 +162,10 @@ class ShardGatherer:
         if (save, copy.owner) in self._verified:
             return
         location = self._find(save, copy)
-        shard = open_shard(location.path, self._keeper.store.fs, location.record)
+        shard = self._open(location)
         found = shard.digest()
         if not found == location.record.digest == copy.digest:
-            shard.close()
+            self._opened.pop(location.path).close()
             raise CorruptCopyError(f"{location.path} has digest {found}, its owner computed {copy.digest}.")
         self._verified[save, copy.owner] = shard
         self.roles.append(location.record.role)
@@ -191,11 +195,15 @@ class ShardGatherer:
 
     def _read(self, save: SaveId, fetch: Fetch) -> Arena:
         """Map this node's copy for sending; the receiver proves the bytes."""
-        location = self._find(save, fetch)
-        return Arena(self._keeper.store.fs.open_mapping(location.path))
+        return Arena(self._open(self._find(save, fetch)).mapped)
 
-    def _land(self, save: SaveId, fetch: Fetch) -> Arena:
-        return self._keeper.slot(fetch.owner, fetch.nbytes)
+    def _open(self, location: CopyLocation) -> OpenShard:
+        """The copy, mapped once for all that is done with it: sent, hashed, loaded."""
+        shard = self._opened.get(location.path)
+        if shard is None:
+            shard = open_shard(location.path, self._keeper.store.fs, location.record)
+            self._opened[location.path] = shard
+        return shard
 
     def _take(self, save: SaveId, got: Fetched, split: bool) -> None:
         """Commit a fetched shard on this node: as primary, as a replica, or for the time of the load."""

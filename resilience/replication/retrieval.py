@@ -7,8 +7,9 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from resilience.errors import CorruptCopyError, PeerLostError
 from resilience.planning.retrieval import Fetch
 from resilience.replication.communicator import Communicator, Links, Transfer
+from resilience.replication.landing import Landing, MakeReady
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import SegmentedDigest, segments
 
@@ -23,6 +25,7 @@ __all__ = ["Fetched", "run_fetches"]
 
 _OPENING, _SEGMENT = 1, 2
 _READY: Final = 0x52455349_46455443
+_AHEAD: Final = 4  # segments that are under way before the first of them is waited for and hashed
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,6 @@ class _Way:
     peer: int
     links: Links
     outgoing: list[Fetch]
-    incoming: list[Fetch]
 
 
 def run_fetches(
@@ -54,42 +56,48 @@ def run_fetches(
     *,
     read: Callable[[Fetch], Arena],
     land: Callable[[Fetch], Arena],
+    make_ready: MakeReady,
     meanwhile: Callable[[], None],
 ) -> list[Fetched]:
     """Carry out the fetches that concern this rank. Called by every rank with the same list; pairs work in parallel.
 
-    `read` maps this rank's copy (raising if it cannot), `land` gives a buffer, `meanwhile` is work of this rank's own
-    to do while its copies are on their way. Raises PeerLostError if a peer died.
+    `read` maps this rank's copy (raising if it cannot), `land` gives a buffer and `make_ready` room in it, both in a
+    thread of their own; `meanwhile` is work of this rank's own to do while its copies are on their way. Raises
+    PeerLostError if a peer died, StoreError if there is no room.
     """
-    ways = _connect(fetches, communicator, round_name)
+    incoming = [fetch for fetch in fetches if fetch.to_rank == communicator.rank]
+    landing = Landing(incoming, land, make_ready)
+    ways: dict[int, _Way] = {}
     failed = True
     try:
-        posted = [(way, sent) for way in ways for fetch in way.outgoing for sent in _send(way, fetch, read)]
-        opened = [(way, fetch, *_announce(way)) for way in ways for fetch in way.incoming]
+        ways = _connect(fetches, communicator, round_name)
+        posted = [(way, sent) for way in ways.values() for fetch in way.outgoing for sent in _send(way, fetch, read)]
+        expected = [_expect(ways[fetch.from_rank], fetch) for fetch in incoming]
         meanwhile()
-        landing = [_open(way, fetch, opening, transfer, land) for way, fetch, opening, transfer in opened]
-        fetched = [_finish(*one) for one in landing]
+        fetched = _receive(expected, landing)
         for way, sent in posted:
             way.links.wait(sent)
         failed = False
         return fetched
     finally:
-        for way in ways:  # a peer may be busy with others; its canary ends when it closes, at once if we failed
+        for (
+            way
+        ) in ways.values():  # a peer may be busy with others; its canary ends when it closes, at once if we failed
             way.links.close(failed=failed, linger_s=0.0)
+        landing.close()
 
 
-def _connect(fetches: Sequence[Fetch], communicator: Communicator, round_name: str) -> list[_Way]:
+def _connect(fetches: Sequence[Fetch], communicator: Communicator, round_name: str) -> dict[int, _Way]:
     rank = communicator.rank
     pairs = sorted({(min(f.from_rank, f.to_rank), max(f.from_rank, f.to_rank)) for f in fetches})
-    ways = []
+    ways = {}
     for pair in pairs:
         if rank not in pair:
             continue
         peer = pair[0] if pair[1] == rank else pair[1]
         links = communicator.links(f"{round_name}/{pair[0]}-{pair[1]}", pair)
         outgoing = [f for f in fetches if (f.from_rank, f.to_rank) == (rank, peer)]
-        incoming = [f for f in fetches if (f.from_rank, f.to_rank) == (peer, rank)]
-        ways.append(_Way(peer, links, outgoing, incoming))
+        ways[peer] = _Way(peer, links, outgoing)
     return ways
 
 
@@ -107,37 +115,57 @@ def _send(way: _Way, fetch: Fetch, read: Callable[[Fetch], Arena]) -> list[Trans
     return sent
 
 
-def _announce(way: _Way) -> tuple[torch.Tensor, Transfer]:
+@dataclass
+class _Expected:
+    """A fetch that is on its way here. `problem`: why it does not come, or is of no use."""
+
+    way: _Way
+    fetch: Fetch
+    opening: torch.Tensor
+    announced: Transfer
+    problem: str = ""
+    arena: Arena | None = None
+    digest: SegmentedDigest = field(default_factory=SegmentedDigest)
+
+    def outcome(self) -> Fetched:
+        if not self.problem and self.digest.value() != self.fetch.digest:
+            self.problem = f"its bytes have digest {self.digest.value()}, the owner's is {self.fetch.digest}"
+        return Fetched(self.fetch, self.arena, self.problem)
+
+
+def _expect(way: _Way, fetch: Fetch) -> _Expected:
     opening = torch.zeros(2, dtype=torch.int64)
-    return opening, way.links.receive(opening, way.peer, _OPENING)
+    return _Expected(way, fetch, opening, way.links.receive(opening, way.peer, _OPENING))
 
 
-_Landing = tuple[_Way, Fetch, "Arena | None", list[tuple[Transfer, int, int]], str]
+def _receive(expected: Sequence[_Expected], landing: Landing) -> list[Fetched]:
+    """Post each segment as soon as there is room for it; hash what arrived while later ones are on their way."""
+    under_way: deque[tuple[_Expected, Transfer, memoryview]] = deque()
+    for one in expected:
+        _hear(one)
+        for start, stop in segments(one.fetch.nbytes):
+            one.arena = arena = landing.next()
+            if one.problem:
+                continue
+            move = one.way.links.receive(arena.segment(start, stop), one.way.peer, _SEGMENT)
+            under_way.append((one, move, arena.mapped.view[start:stop]))
+            if len(under_way) > _AHEAD:
+                _finish(*under_way.popleft())
+    while under_way:
+        _finish(*under_way.popleft())
+    return [one.outcome() for one in expected]
 
 
-def _open(
-    way: _Way, fetch: Fetch, opening: torch.Tensor, transfer: Transfer, land: Callable[[Fetch], Arena]
-) -> _Landing:
-    way.links.wait(transfer)
-    ready, owner = opening.tolist()
-    if owner != fetch.owner:
-        raise PeerLostError(f"rank {way.peer} sent the shard of rank {owner}, not of {fetch.owner} as planned.")
+def _hear(one: _Expected) -> None:
+    """Whether the holder sends it."""
+    one.way.links.wait(one.announced)
+    ready, owner = one.opening.tolist()
+    if owner != one.fetch.owner:
+        raise PeerLostError(f"rank {one.way.peer} sent the shard of rank {owner}, not of {one.fetch.owner} as planned.")
     if ready != _READY:
-        return way, fetch, None, [], f"{fetch.from_node} could not read its copy"
-    arena = land(fetch)
-    moves = [(way.links.receive(arena.segment(a, b), way.peer, _SEGMENT), a, b) for a, b in segments(fetch.nbytes)]
-    return way, fetch, arena, moves, ""
+        one.problem = f"{one.fetch.from_node} could not read its copy"
 
 
-def _finish(
-    way: _Way, fetch: Fetch, arena: Arena | None, moves: Iterable[tuple[Transfer, int, int]], problem: str
-) -> Fetched:
-    if arena is None:
-        return Fetched(fetch, None, problem)
-    digest = SegmentedDigest()
-    for transfer, start, stop in moves:
-        way.links.wait(transfer)
-        digest.add(arena.mapped.view[start:stop])
-    if digest.value() != fetch.digest:
-        return Fetched(fetch, arena, f"its bytes have digest {digest.value()}, the owner's is {fetch.digest}")
-    return Fetched(fetch, arena)
+def _finish(one: _Expected, move: Transfer, content: memoryview) -> None:
+    one.way.links.wait(move)
+    one.digest.add(content)

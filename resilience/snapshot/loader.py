@@ -46,7 +46,7 @@ def open_shard(path: Path, fs: FileSystem, record: ShardRecord) -> OpenShard:
 
     CorruptCopyError, StoreError, FileNotFoundError.
     """
-    mapped = fs.open_mapping(path, populate=True)
+    mapped = fs.open_mapping(path)
     try:
         header = read_header(mapped.view, str(path))
         check_header(header, record, str(path))

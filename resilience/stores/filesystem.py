@@ -52,14 +52,23 @@ class MappedFile:
     The mapping follows the inode, so that the file may be renamed under it.
     """
 
-    def __init__(self, path: Path, mapping: mmap.mmap, nbytes: int, start: int = 0) -> None:
+    def __init__(self, path: Path, mapping: mmap.mmap, start: int, nbytes: int) -> None:
         """`start`: where in the mapping the file begins."""
         self.path = path
         self.nbytes = nbytes
+        self.reserved = nbytes  # so many of its bytes have room, and may be touched
         self.huge_bytes: int | None = None  # how much of it lies in huge pages; None: nobody asked for any
         self._mapping: mmap.mmap | None = mapping
         self._start = start
         self.view = memoryview(mapping)[start : start + nbytes]
+
+    def fault_in(
+        self, start: int, nbytes: int, wanted: Callable[[], bool] = pages.always, *, writable: bool = True
+    ) -> None:
+        """Have the pages of `nbytes` from `start` on mapped. OSError."""
+        if self._mapping is None:
+            raise ValueError(f"{self.path} is closed")
+        pages.populate(self._mapping, nbytes, start=self._start + start, writable=writable, wanted=wanted)
 
     def enlarge_pages(self, wanted: Callable[[], bool]) -> None:
         """Have the kernel put what lies in memory into huge pages, once, where it can. For a lane: it takes its time.
@@ -95,6 +104,8 @@ class FileSystem(Protocol):
     def read(self, path: Path, limit: int = _RECORD_LIMIT) -> bytes: ...
     def write_atomic(self, path: Path, content: bytes, *, durable: bool = True) -> None: ...
     def create_mapping(self, path: Path, nbytes: int, wanted: Callable[[], bool] = pages.always) -> MappedFile: ...
+    def begin_mapping(self, path: Path, nbytes: int) -> MappedFile: ...
+    def reserve(self, mapped: MappedFile, stop: int, wanted: Callable[[], bool]) -> None: ...
     def open_mapping(self, path: Path, *, writable: bool = False, populate: bool = False) -> MappedFile: ...
     def write_file(self, path: Path, chunks: Iterator[memoryview]) -> None: ...
     def rename(self, source: Path, target: Path) -> None: ...
@@ -195,20 +206,48 @@ class PosixFileSystem:
 
         `wanted` is asked every now and then; once it says no, that is a StoreError (ECANCELED).
         """
+        mapped = self.begin_mapping(path, nbytes)
+        try:
+            self.reserve(mapped, nbytes, wanted)
+        except StoreError:
+            mapped.close()
+            _unlink_quietly(path)
+            raise
+        return mapped
+
+    def begin_mapping(self, path: Path, nbytes: int) -> MappedFile:
+        """A new file of `nbytes`, mapped, but without any room as yet: `reserve` before a byte of it is touched."""
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _store_error("cannot create", path, error) from error
         try:
-            pages.reserve(fd, nbytes, wanted)
-            mapping, start = pages.map_file(fd, nbytes, mmap.MAP_SHARED)
-            pages.populate(mapping, nbytes, start=start, wanted=wanted)
+            os.ftruncate(fd, nbytes)
+            mapped = MappedFile(path, *pages.map_file(fd, nbytes, mmap.MAP_SHARED), nbytes)
         except OSError as error:
             _unlink_quietly(path)
-            raise _store_error(f"cannot reserve {nbytes} bytes for", path, error) from error
+            raise _store_error(f"cannot map {nbytes} bytes for", path, error) from error
         finally:
             os.close(fd)
-        return MappedFile(path, mapping, nbytes, start)
+        mapped.reserved = 0
+        return mapped
+
+    def reserve(self, mapped: MappedFile, stop: int, wanted: Callable[[], bool]) -> None:
+        """Give what was only begun room up to byte `stop` (of whole pages, or all), and fault it in.
+
+        StoreError: the mount is full, or `wanted` says no (ECANCELED).
+        """
+        start, nbytes = mapped.reserved, stop - mapped.reserved
+        if nbytes <= 0:
+            return
+        try:
+            with self._open(mapped.path, os.O_RDWR) as fd:
+                pages.reserve(fd, nbytes, wanted, start=start)
+            mapped.fault_in(start, nbytes, wanted)
+        except OSError as error:
+            what = f"cannot reserve {mapped.nbytes} bytes for"
+            raise _store_error(what, mapped.path, error) from error
+        mapped.reserved = stop
 
     def open_mapping(self, path: Path, *, writable: bool = False, populate: bool = False) -> MappedFile:
         """Map an existing file;
@@ -223,10 +262,10 @@ class PosixFileSystem:
             try:
                 if writable:  # a sparse file would be SIGBUS on a full mount
                     pages.reserve(fd, nbytes, pages.always)
-                mapping, start = pages.map_file(fd, nbytes, flags)
+                mapped = MappedFile(path, *pages.map_file(fd, nbytes, flags), nbytes)
                 if populate:
-                    pages.populate(mapping, nbytes, start=start, writable=writable)
-                return MappedFile(path, mapping, nbytes, start)
+                    mapped.fault_in(0, nbytes, writable=writable)
+                return mapped
             except OSError as error:
                 raise _store_error("cannot map", path, error) from error
 

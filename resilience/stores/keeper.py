@@ -16,7 +16,7 @@ from pathlib import Path
 from resilience.errors import ResilienceError, SaveFailedError, StoreError
 from resilience.planning.inventory import Role, SaveId
 from resilience.snapshot.arena import Arena
-from resilience.stores.filesystem import FileSystem, no_space
+from resilience.stores.filesystem import FileSystem, MappedFile, no_space
 from resilience.stores.node_store import NodeStore
 from resilience.stores.pages import always
 from resilience.stores.records import ShardRecord
@@ -67,8 +67,11 @@ class ShardKeeper:
         self.pin(arena)
         return arena
 
-    def slot(self, owner: int, nbytes: int) -> Arena:
-        """A buffer of exactly `nbytes` for `owner`'s shard: a warm one if there is one of that size, or about to be."""
+    def slot(self, owner: int, nbytes: int, *, reserved: bool = True) -> Arena:
+        """A buffer of exactly `nbytes` for `owner`'s shard: a warm one if there is one of that size, or about to be.
+
+        Without `reserved` a new one has no room as yet: `make_ready`, before anything is written to it.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._making.get(owner) or self._fitting(owner, nbytes), timeout=_MAKING_BOUND_S
@@ -78,7 +81,13 @@ class ShardKeeper:
                 self._free[owner].remove(fitting[0])
                 return fitting[0]
             stale = self._begin_making(owner, nbytes)
-        return self._make(owner, nbytes, stale, always, ahead=False)
+        if reserved:
+            return self._make(owner, nbytes, stale, always, ahead=False)
+        return self._make(owner, nbytes, stale, always, ahead=False, begin=self._fs.begin_mapping)
+
+    def make_ready(self, arena: Arena, stop: int, wanted: Callable[[], bool]) -> None:
+        """Give a buffer room up to byte `stop`. StoreError if there is none; ECANCELED once `wanted()` says no."""
+        self._fs.reserve(arena.mapped, stop, wanted)
 
     def reserve(self, owner: int, nbytes: int, total: int, wanted: Callable[[], bool]) -> bool:
         """Make one more warm buffer for `owner`'s shards of `nbytes`, unless there are `total`; whether it did.
@@ -114,9 +123,19 @@ class ShardKeeper:
         return stale
 
     def _make(
-        self, owner: int, nbytes: int, stale: Sequence[Arena], wanted: Callable[[], bool], *, ahead: bool
+        self,
+        owner: int,
+        nbytes: int,
+        stale: Sequence[Arena],
+        wanted: Callable[[], bool],
+        *,
+        ahead: bool,
+        begin: Callable[[Path, int], MappedFile] | None = None,
     ) -> Arena:
-        """`ahead`: it is nobody's yet, and free in the same moment in which it is no longer in the making."""
+        """`ahead`: it is nobody's yet, and free in the same moment in which it is no longer in the making.
+
+        `begin`: what makes it without room as yet.
+        """
         made: Arena | None = None
         try:
             for arena in stale:
@@ -125,7 +144,7 @@ class ShardKeeper:
                 raise no_space(f"reserving {nbytes} bytes would fill up", self.arena_dir)
             path = self._new_path(owner)
             self._fs.unlink(path)
-            made = Arena(self._fs.create_mapping(path, nbytes, wanted))
+            made = Arena(begin(path, nbytes) if begin else self._fs.create_mapping(path, nbytes, wanted))
             return made
         finally:
             with self._changed:

@@ -43,13 +43,13 @@ def always() -> bool:
     return True
 
 
-def reserve(fd: int, nbytes: int, wanted: Callable[[], bool]) -> None:
-    """Give the file `nbytes` of real room: a full mount is ENOSPC here, never SIGBUS later. OSError.
+def reserve(fd: int, nbytes: int, wanted: Callable[[], bool], *, start: int = 0) -> None:
+    """Give the file `nbytes` of real room from `start` on: a full mount is ENOSPC here, never SIGBUS later. OSError.
 
     ECANCELED once `wanted()` says no.
     """
-    for start, length in _steps(nbytes, _RESERVE_STEP_BYTES, wanted):
-        os.posix_fallocate(fd, start, length)
+    for done, length in _steps(nbytes, _RESERVE_STEP_BYTES, wanted):
+        os.posix_fallocate(fd, start + done, length)
 
 
 def map_file(fd: int, nbytes: int, flags: int) -> tuple[mmap.mmap, int]:

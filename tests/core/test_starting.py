@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def test_without_room_for_what_must_be_fetched_all_ranks_hear_why(world: World) 
 
 
 class NoRoom(PosixFileSystem):
-    def create_mapping(self, path: Path, nbytes: int, *options: Any, **named: Any) -> MappedFile:
-        refused = StoreError(f"cannot reserve {nbytes} bytes for {path}: no space is left.")
+    def reserve(self, mapped: MappedFile, stop: int, wanted: Callable[[], bool]) -> None:
+        refused = StoreError(f"cannot reserve {mapped.nbytes} bytes for {mapped.path}: no space is left.")
         refused.errno = errno.ENOSPC
         raise refused
 
