@@ -248,7 +248,7 @@ class ResiliencyController:
         saving, stillness = self._alive(), Stillness(self.clock.now)
         bound_s = _STILL_BOUNDS * self.resiliency.exchange_timeout_s
         while not self._parted:
-            saving.wait_saves(1.0)
+            saving.lanes.wait_saves(1.0)
             idle_s = stillness.seconds(saving.progress(self._book.slots()))
             if self._conversation is not None and not self._conversation.under_way:
                 self._speak(idle_us=int(idle_s * 1e6))
@@ -256,7 +256,7 @@ class ResiliencyController:
             if self._book.settled() or agreed is None:
                 return ""
             if agreed.idle_us > bound_s * 1e6:
-                return f"No save moved for {bound_s:g} s: {unsettled(self._book, saving.running())}."
+                return f"No save moved for {bound_s:g} s: {unsettled(self._book, saving.lanes.running())}."
         return ""
 
     def _settle_or_tell(self) -> None:
@@ -273,10 +273,10 @@ class ResiliencyController:
             self._take(saving, self.iteration, Due(False, True, False), final=True)
         self._settle_or_tell()
         if self._book.settled() or self._parted:
-            saving.end("finished", self.iteration)
+            saving.afterwards.end("finished", self.iteration)
             self.tell("finished", iteration=self.iteration)
         else:
-            saving.end("failed", self.iteration)
+            saving.afterwards.end("failed", self.iteration)
         start = self._started()
         keep = self.resiliency.keep_after_success or self.checkpoint.save is None
         if not self._parted:
@@ -319,7 +319,7 @@ class ResiliencyController:
 
     def wait_idle(self, bound_s: float) -> None:
         """Until this rank's background work is done, at most `bound_s`. Local."""
-        self._alive().wait_idle(bound_s)
+        self._alive().lanes.wait_idle(bound_s)
 
     def asked_from_outside(self) -> str:
         """What `resilience request` left in this node's directory: "stop", "save" or "". Local; any thread."""
@@ -486,7 +486,7 @@ class ResiliencyController:
         """Everything was saved that could be: settle, note it, leave."""
         self._settle_or_tell()
         saving, start = self._alive(), self._started()
-        saving.end("stopped", self.iteration)
+        saving.afterwards.end("stopped", self.iteration)
         elastic = "TORCHELASTIC_RUN_ID" in os.environ
         code = 0 if elastic else 75
         self.tell(
@@ -499,7 +499,7 @@ class ResiliencyController:
             start.setup.barrier()
         except PeerLostError as error:
             self.tell("warning", what=f"a peer left before the last barrier: {error}", advice="")
-        saving.exit_status = code
+        saving.lanes.exit_status = code
         raise StoppedExit(code)
 
     # -- small parts --------------------------------------------------------------------------------------------------

@@ -41,8 +41,3 @@ def expected_goodput(
         return 0.0
     wall_s = mtbf_s * math.exp(restart_s / mtbf_s) * math.expm1(exponent)
     return min(1.0, work_s / wall_s) if wall_s > 0 else 1.0
-
-
-def observed_mtbf_s(failures: int, uptime_s: float, prior_s: float | None) -> float | None:
-    """Mean time between failures: measured once a failure was seen, until then what the user expects."""
-    return uptime_s / failures if failures > 0 and uptime_s > 0 else prior_s

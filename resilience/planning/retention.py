@@ -48,11 +48,3 @@ def deletable(
     if need_one and not gone:
         gone = set([save for save in complete if save not in untouchable][-1:])
     return tuple(sorted(gone))
-
-
-def deletable_persistent(complete: Sequence[SaveId], keep: int | None) -> tuple[SaveId, ...]:
-    """All but the newest `keep` complete persistent saves, oldest first; None keeps all, and one always stays."""
-    if keep is None:
-        return ()
-    newest_first = sorted(set(complete), reverse=True)
-    return tuple(reversed(newest_first[max(keep, 1) :]))

@@ -60,10 +60,6 @@ class RetrievalPlan:
     fetches: tuple[Fetch, ...] = ()
     verify: tuple[Verify, ...] = ()
 
-    @property
-    def fetched_bytes(self) -> int:
-        return sum(fetch.nbytes for fetch in self.fetches)
-
 
 def plan_retrieval(
     decision: Decision,

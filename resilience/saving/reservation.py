@@ -30,7 +30,7 @@ class Reservation:
 
     def __init__(self, keeper: ShardKeeper, lane: Lane, tell: Callable[..., None]) -> None:
         self._keeper = keeper
-        self.lane = lane
+        self._lane = lane
         self._tell = tell
         self._wanted: tuple[Buffers, ...] = ()
         self._lacking = False
@@ -52,7 +52,7 @@ class Reservation:
         """Reserve what is lacking. Does not wait; at every save, so that what failed once is tried again."""
         if self._lacking and not (self._held_back or self._under_way or self._ended):
             self._under_way = True
-            self.lane.submit("reserve arenas", self._run)
+            self._lane.submit("reserve arenas", self._run)
 
     def stop(self) -> None:
         """Give up what is being reserved, within moments, and leave nothing of it; the lane is to be closed then."""

@@ -5,9 +5,6 @@ The controller says what happens when; this file carries it out on this rank and
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -26,9 +23,10 @@ from resilience.replication.protection import Board, SaveJob
 from resilience.reports import SaveReport
 from resilience.restore import Plan
 from resilience.runtime.clock import Clock
-from resilience.runtime.worker import Lane
+from resilience.saving.afterwards import Afterwards
 from resilience.saving.budget import Budget
 from resilience.saving.drain import Drain
+from resilience.saving.lanes import CLOSE_BOUND_S, Lanes
 from resilience.saving.replicas import Replicas
 from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
@@ -41,8 +39,6 @@ from resilience.stores.keeper import ShardKeeper
 
 __all__ = ["Saving", "Wish"]
 
-_CLOSE_BOUND_S = 10.0
-_FAILED_CLOSE_BOUND_S = 2.0
 _DRAIN_BOUND_S = 24 * 3600.0  # of the local wait only: each step below it is bounded by progress
 
 
@@ -67,7 +63,6 @@ class Saving:
         self._state = state
         self._checkpoint = checkpoint
         self._resiliency = resiliency
-        self._log = log
         self._clock = clock
         self._fs = fs
         self.tell = tell
@@ -82,25 +77,20 @@ class Saving:
         self._replan = True
         self._budgeted = False
         self._turn = 0
-        self._kept: tuple[SaveId, ...] = ()
-        self._dropped_earlier = False
-        self._log_waits = False
-        self.exit_status = 0  # with which the process is to end, should a thread be stuck then
+        self.lanes = lanes = Lanes(tell)
+        self.afterwards = Afterwards(start, log, lanes, fs, tell)
         self._groups: list[Agreements] = [self._plan_groups.own]
         if self._plan_groups.leaders is not None:
             self._groups.append(self._plan_groups.leaders)
-        self._tidy = Lane("tidy", self._lane_error)
         equality = communicator.agreements(f"equality/{name}", members)
         drain = communicator.agreements("drain")
         self._groups += [equality, drain]
-        lane = Lane("protect", self._lane_error)
-        self.replicas = (
-            None if start.keeper is None else Replicas(start, start.keeper, equality, self.board, lane, clock, tell)
-        )
-        self._protect = lane
-        self.reservation = (
-            None if start.keeper is None else Reservation(start.keeper, Lane("reserve", self._lane_error), self.tell)
-        )
+        self.replicas: Replicas | None = None
+        self._reservation: Reservation | None = None
+        if start.keeper is not None:
+            self.replicas = Replicas(start, start.keeper, equality, self.board, lanes.protect, clock, tell)
+            self._reservation = Reservation(start.keeper, lanes.reserve, tell)
+            lanes.give_up = self._reservation.stop
         self._budget = Budget(
             start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena
         )
@@ -113,13 +103,12 @@ class Saving:
             checkpoint,
             SharedSaver(form, drain, fs),
             self.board,
-            Lane("drain", self._lane_error),
+            lanes.drain,
             clock,
             tell,
             save_frozen=resiliency.save_frozen,
             equality=None if self.keeps_on_nodes else equality,
         )
-        atexit.register(self._at_exit)
 
     # -- at the start -------------------------------------------------------------------------------------------------
 
@@ -135,13 +124,13 @@ class Saving:
 
     def adopt(self, plan: Plan) -> Book:
         """Take charge of what the nodes keep, note the attempt, and start to replicate again. Collective."""
-        self._kept = plan.standing.kept
+        kept = self.afterwards.kept = plan.standing.kept
         keeper = self._start.keeper
         if keeper is not None:
-            keeper.keep_only(self._kept)
-            for save in self._kept:
+            keeper.keep_only(kept)
+            for save in kept:
                 keeper.adopt(save, self._mine_of(save, keeper))
-        agree_all(self._start.setup, self._write_log)
+        agree_all(self._start.setup, self.afterwards.write_log)
         if self.replicas is not None:
             self._agree_where_arenas_lie()
             self.replicas.begin(plan, self._resiliency.replication_bytes_per_s)
@@ -149,7 +138,7 @@ class Saving:
         # older ones may lack replicas, and so may the elected one until it is replicated again: they count for nothing
         # but themselves
         whole = elected if not plan.standing.lacking else None
-        return Book(tuple(Entry(save, "protected" if save == whole else "primary", True) for save in self._kept))
+        return Book(tuple(Entry(save, "protected" if save == whole else "primary", True) for save in kept))
 
     def _mine_of(self, save: SaveId, keeper: ShardKeeper) -> list[int]:
         """The copies on this node that this rank will delete one day: its own and what it holds for others.
@@ -302,7 +291,7 @@ class Saving:
 
     def _reserve(self) -> None:
         """Have the buffers of all saves to come made in the background: the training thread's own first."""
-        layout, job, reservation = self._planner.layout, self._start.job, self.reservation
+        layout, job, reservation = self._planner.layout, self._start.job, self._reservation
         if layout is None or reservation is None:
             return
         slots = self._capacity if self._file_is_arena else 1
@@ -320,15 +309,15 @@ class Saving:
             )
             self.replicas.submit(job)
         if wish.drain:
-            self.drain.submit(save, wish, snapshot, self._log, self._resiliency.keep_persistent, problem)
+            self.drain.submit(save, wish, snapshot, self.afterwards.log, self._resiliency.keep_persistent, problem)
 
     def _finish_take(
         self, save: SaveId, wish: Wish, stall_s: float, snapshot: Snapshot | None, problem: str, began: float
     ) -> SaveReport:
         if wish.drain and not (wish.persistent and self._checkpoint.async_save):
-            self.drain.lane.wait(_DRAIN_BOUND_S)
+            self.lanes.drain.wait(_DRAIN_BOUND_S)
         if wish.on_nodes and self._resiliency.non_persistent_sync:
-            self._protect.wait(_DRAIN_BOUND_S)
+            self.lanes.protect.wait(_DRAIN_BOUND_S)
         report = self.report(save, wish, max(stall_s, self._clock.now() - began), self._state_of(save, wish, problem))
         return replace(report, bytes=snapshot.arena.nbytes if snapshot else 0, error=problem or self._error(save))
 
@@ -346,7 +335,7 @@ class Saving:
         return self.board.error(save) or self.board.error(drain_slot(save))
 
     def report(self, save: SaveId, wish: Wish, stall_s: float, state: str) -> SaveReport:
-        tiers: list[Tier] = [self._tier] if wish.on_nodes else []
+        tiers: list[Tier] = [self.afterwards.tier] if wish.on_nodes else []
         tiers += ["global"] if wish.to_global else []
         tiers += ["persistent"] if wish.persistent else []
         non_persistent = wish.on_nodes or wish.to_global
@@ -366,136 +355,50 @@ class Saving:
             return
         state_bytes = sum(item.tensor.nbytes for item in collected.items if item.alias_of is None)
         sizes = self._budget.fix(layout.nbytes, state_bytes)
-        if sizes is None or self.reservation is None:
+        if sizes is None or self._reservation is None:
             return
         if self.keeps_on_nodes:
             held = self._start.topology.held()[self._start.job.rank]
             self._replicas_here = {owner: sizes.shards[owner] for owner in held}
-        leftovers = sizes.present - {*self._kept}
-        self.reservation.hold_back(any(save.attempt != self._log.attempt for save in leftovers))
+        leftovers = sizes.present - {*self.afterwards.kept}
+        self._reservation.hold_back(any(save.attempt != self._start.attempt for save in leftovers))
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
     def plan_anew(self) -> None:
         """A save failed, which all ranks know: the next one makes a new plan, on all of them."""
         self._replan = True
-        if self._start.job.leads_node:
-            self._tidy.submit("make room", self._make_room)
-
-    def _make_room(self) -> None:
-        """A save failed: if it was for want of room, what earlier attempts left goes before this one has a save."""
-        keeper, layout = self._start.keeper, self._planner.layout
-        if keeper is not None and layout is not None and self._fs.free_bytes(keeper.arena_dir) < 2 * layout.nbytes:
-            self._drop_earlier()
-
-    def _drop_earlier(self) -> None:
-        """Delete what earlier attempts left beside the saves that are kept. In the tidy lane of the node's leader."""
-        if self._dropped_earlier:
-            return
-        self._dropped_earlier = True
-        for store in self._start.stores:
-            store.drop_earlier_attempts(self._start.attempt, self._kept)
-
-    @property
-    def _tier(self) -> Tier:
-        return self._start.keeper.store.tier if self._start.keeper is not None else "persistent"
+        if self._planner.layout is not None:
+            self.afterwards.make_room(self._planner.layout.nbytes)
 
     def tier_of(self, change: Change) -> Tier:
         drained = change.what in ("persistent", "persistent_failed")
-        return self.drain.tier_of(change.save) if drained else self._tier
+        return self.drain.tier_of(change.save) if drained else self.afterwards.tier
 
     def error_of(self, change: Change) -> str:
         slot = drain_slot(change.save) if change.what == "persistent_failed" else change.save
         return self.board.error(slot)
 
     def certify(self, change: Change) -> None:
-        """Every rank has committed: certificate, attempt log; then what earlier attempts left may go."""
-        self._log = replace(self._log, completed=max(self._log.completed or change.save, change.save))
-        if self.reservation is not None and change.what in ("protected", "unprotected"):
-            self.reservation.hold_back(False)  # what earlier attempts left goes now
-        self._tidy.submit(f"certify {change.save.iteration}", lambda: self._certify(change))
-
-    def _certify(self, change: Change) -> None:
-        start, keeper = self._start, self._start.keeper
-        if not start.job.leads_node:
-            return
-        if keeper is not None and change.what in ("complete", "protected"):
-            keeper.store.write_certificate(change.save, start.job.world_size, protected=change.what == "protected")
-        for store in start.stores:
-            store.write_attempt_log(self._log)
-        if start.job.rank == 0 and not self._log_waits:
-            self._log_waits = True  # not in this lane: shared storage may hang, and deletions must go on
-            self.drain.lane.submit("attempt log", self._write_shared_log)
-        if change.what in ("protected", "unprotected"):
-            self._drop_earlier()
+        """Every rank has committed."""
+        if self._reservation is not None and change.what in ("protected", "unprotected"):
+            self._reservation.hold_back(False)  # what earlier attempts left goes now
+        self.afterwards.certify(change)
 
     def delete(self, save: SaveId) -> None:
         """The job decided to delete `save`."""
         self.board.drop([save])
-        self._kept = tuple(kept for kept in self._kept if kept != save)
-
-        def remove() -> None:
-            if self._start.keeper is not None:
-                self._start.keeper.delete(save)
-            if self._start.job.leads_node:
-                for store in self._start.stores[1:]:
-                    store.drop(save)
-                for store in self._start.stores:
-                    store.drop_beside(save)
-                self.tell("pruned", iteration=save.iteration, generation=save.generation, tier=self._tier)
-
-        self._tidy.submit(f"delete {save.iteration}", remove)
-
-    @property
-    def _lanes(self) -> tuple[Lane, ...]:
-        ahead = () if self.reservation is None else (self.reservation.lane,)
-        return (self._protect, self.drain.lane, self._tidy, *ahead)
-
-    def wait_saves(self, bound_s: float) -> None:
-        """Until no lane has work for a save, at most about `bound_s`."""
-        for lane in (self._protect, self.drain.lane):
-            lane.wait(bound_s)
+        self.afterwards.delete(save)
 
     def progress(self, slots: Sequence[SaveId]) -> Hashable:
         """A mark that changes whenever the background work for saves moves."""
-        finished = tuple(lane.finished for lane in self._lanes)
         transfers = 0 if self.replicas is None else self.replicas.transfers
-        return finished, transfers, self._fs.moved_bytes, self.board.reports(slots)
-
-    def running(self) -> list[str]:
-        """What the lanes are doing."""
-        return [lane.running for lane in self._lanes if lane.running]
-
-    def wait_idle(self, bound_s: float) -> None:
-        for lane in self._lanes:
-            lane.wait(bound_s)
-
-    def end(self, outcome: Literal["finished", "stopped", "failed"], iteration: int) -> None:
-        """Note how this attempt ended."""
-        self._tidy.wait(_CLOSE_BOUND_S)
-        self._log = replace(self._log, end=outcome, end_iteration=iteration)
-        try:
-            self._write_log()
-        except OSError as error:
-            self.tell("warning", what=f"the attempt log could not be written: {error}", advice="")
-
-    def _write_log(self) -> None:
-        """In every node's directory and in `save`."""
-        if self._start.job.leads_node:
-            for store in self._start.stores:
-                store.write_attempt_log(self._log)
-        self._write_shared_log()
-
-    def _write_shared_log(self) -> None:
-        self._log_waits = False
-        if self._start.job.rank == 0 and "save" in self._start.shared.stores:
-            self._start.shared.stores["save"].write_attempt_log(self._log)
+        return self.lanes.finished(), transfers, self._fs.moved_bytes, self.board.reports(slots)
 
     def free_node_memory(self) -> None:
-        """The run finished and its last persistent save is committed: its copies on this node go."""
-        if self.reservation is not None:
-            self.reservation.stop()
-            self.reservation.lane.wait(_CLOSE_BOUND_S)
+        """The run finished and its last persistent save is committed: its copies on this node go. Collective."""
+        self.lanes.give_up()
+        self.lanes.reserve.wait(CLOSE_BOUND_S)
         if self._start.keeper is not None:
             self._start.keeper.close()
         self._start.setup.barrier()
@@ -505,34 +408,12 @@ class Saving:
 
     def close(self, *, failed: bool) -> bool:
         """End lanes and groups within a bound; committed copies stay. False if a lane is stuck."""
-        self.exit_status = self.exit_status or int(failed)
-        lanes = self._lanes
-        if self.reservation is not None:
-            self.reservation.stop()
-        bound_s = _FAILED_CLOSE_BOUND_S if failed else _CLOSE_BOUND_S
-        for lane in lanes:
-            lane.close(bound_s, drop=failed)
+        self.lanes.ask_to_end(failed=failed)
         if self.replicas is not None:
             self.replicas.close(failed=failed)
         for group in self._groups:
             group.close()  # whoever still waits in one is woken
-        closed = [lane.close(bound_s, drop=True) for lane in lanes]  # each, whatever the others say
-        ended = all(closed)
-        if ended:
-            atexit.unregister(self._at_exit)
-            if self._start.keeper is not None:
-                self._start.keeper.close()
+        ended = self.lanes.ended(failed=failed)
+        if ended and self._start.keeper is not None:
+            self._start.keeper.close()
         return ended
-
-    def _at_exit(self) -> None:
-        """A thread is still in a transfer, or nobody called `close`: leaving would abort the process, so leave hard."""
-        if self.reservation is not None:
-            self.reservation.stop()
-        lanes = self._lanes
-        if not all(lane.close(_FAILED_CLOSE_BOUND_S, drop=True) for lane in lanes):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(self.exit_status)
-
-    def _lane_error(self, what: str, error: Exception) -> None:
-        self.tell("warning", what=f"background task {what!r} failed: {error!r}", advice="Please report this.")

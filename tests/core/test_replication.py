@@ -239,7 +239,7 @@ def die_in_the_drain(training: Training) -> None:
     from resilience.formats.saver import SharedSaver
 
     def dying(self: SharedSaver, job: Any, *rest: Any) -> None:
-        training.trainer._controller._saving._protect.wait(WAIT_S)
+        training.trainer._controller._saving.lanes.protect.wait(WAIT_S)
         training.meet("the drain")
         die(training)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilience.planning.cadence import best_interval, expected_goodput, observed_mtbf_s
+from resilience.planning.cadence import best_interval, expected_goodput
 
 SAVE = st.floats(0.001, 30)
 STEP = st.floats(0.05, 20)
@@ -46,9 +46,3 @@ def test_dearer_saves_are_never_made_more_often(a: float, b: float, step_s: floa
 @given(st.integers(1, 10_000), SAVE, STEP, MTBF, st.floats(0, 1e5))
 def test_goodput_is_a_share(steps: int, save_s: float, step_s: float, mtbf_s: float, restart_s: float) -> None:
     assert 0 <= expected_goodput(steps, save_s=save_s, step_s=step_s, mtbf_s=mtbf_s, restart_s=restart_s) <= 1
-
-
-def test_what_was_observed_counts_once_a_failure_was_seen_and_what_was_configured_until_then() -> None:
-    assert observed_mtbf_s(0, 5_000, 3_600) == 3_600
-    assert observed_mtbf_s(2, 5_000, 3_600) == 2_500
-    assert observed_mtbf_s(0, 5_000, None) is None

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.planning.inventory import SaveId
-from resilience.planning.retention import Progress, SaveState, deletable, deletable_persistent
+from resilience.planning.retention import Progress, SaveState, deletable
 from tests.planning.world import save
 
 
@@ -91,15 +91,3 @@ def test_a_run_with_as_many_arenas_as_planned_always_finds_one_for_the_next_save
         held[save(step + 1)] = outcome
         assert not complete or max(complete) in held
         assert not before or max(before) in held
-
-
-@given(st.sets(st.integers(1, 50)), st.none() | st.integers(0, 5))
-def test_persistent_saves_beyond_the_number_to_keep_go_and_the_newest_stays(
-    iterations: set[int], keep: int | None
-) -> None:
-    complete = [save(each) for each in iterations]
-    deleted = deletable_persistent(complete, keep)
-    kept = set(complete) - set(deleted)
-    assert len(kept) == (len(complete) if keep is None else min(len(complete), max(keep, 1)))
-    assert not complete or max(complete) in kept
-    assert all(old < new for old in deleted for new in kept)

@@ -1,0 +1,112 @@
+"""What a rank does once all ranks know of a save: certificates, the attempt log, deletions, what earlier attempts left.
+
+In the tidy lane, but for the log on shared storage, which may hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from resilience.assembly import Start
+from resilience.planning.book import Change
+from resilience.planning.inventory import AttemptLog, SaveId, Tier
+from resilience.saving.lanes import CLOSE_BOUND_S, Lanes
+from resilience.stores.filesystem import FileSystem
+
+__all__ = ["Afterwards"]
+
+
+class Afterwards:
+    """The attempt log and the kept saves of one start on one rank. Methods are local."""
+
+    def __init__(self, start: Start, log: AttemptLog, lanes: Lanes, fs: FileSystem, tell: Callable[..., None]) -> None:
+        self.log = log
+        self.kept: tuple[SaveId, ...] = ()  # of earlier attempts
+        self._start = start
+        self._lanes = lanes
+        self._fs = fs
+        self._tell = tell
+        self._dropped_earlier = False
+        self._log_waits = False
+
+    @property
+    def tier(self) -> Tier:
+        """Where saves on nodes lie."""
+        return self._start.keeper.store.tier if self._start.keeper is not None else "persistent"
+
+    def make_room(self, shard_bytes: int) -> None:
+        """A save failed: if it was for want of room, what earlier attempts left goes before this one has a save."""
+        keeper = self._start.keeper
+
+        def look() -> None:
+            if keeper is not None and self._fs.free_bytes(keeper.arena_dir) < 2 * shard_bytes:
+                self._drop_earlier()
+
+        if self._start.job.leads_node:
+            self._lanes.tidy.submit("make room", look)
+
+    def _drop_earlier(self) -> None:
+        """Delete what earlier attempts left beside the saves that are kept. By the node's leader."""
+        if self._dropped_earlier:
+            return
+        self._dropped_earlier = True
+        for store in self._start.stores:
+            store.drop_earlier_attempts(self._start.attempt, self.kept)
+
+    def certify(self, change: Change) -> None:
+        """Every rank has committed: certificate, attempt log; then what earlier attempts left may go."""
+        self.log = replace(self.log, completed=max(self.log.completed or change.save, change.save))
+        self._lanes.tidy.submit(f"certify {change.save.iteration}", lambda: self._certify(change))
+
+    def _certify(self, change: Change) -> None:
+        start, keeper = self._start, self._start.keeper
+        if not start.job.leads_node:
+            return
+        if keeper is not None and change.what in ("complete", "protected"):
+            keeper.store.write_certificate(change.save, start.job.world_size, protected=change.what == "protected")
+        for store in start.stores:
+            store.write_attempt_log(self.log)
+        if start.job.rank == 0 and not self._log_waits:
+            self._log_waits = True  # not in this lane: shared storage may hang, and deletions must go on
+            self._lanes.drain.submit("attempt log", self._write_shared_log)
+        if change.what in ("protected", "unprotected"):
+            self._drop_earlier()
+
+    def delete(self, save: SaveId) -> None:
+        """The job decided to delete `save`."""
+        self.kept = tuple(kept for kept in self.kept if kept != save)
+
+        def remove() -> None:
+            if self._start.keeper is not None:
+                self._start.keeper.delete(save)
+            if self._start.job.leads_node:
+                for store in self._start.stores[1:]:
+                    store.drop(save)
+                for store in self._start.stores:
+                    store.drop_beside(save)
+                self._tell("pruned", iteration=save.iteration, generation=save.generation, tier=self.tier)
+
+        self._lanes.tidy.submit(f"delete {save.iteration}", remove)
+
+    def end(self, outcome: Literal["finished", "stopped", "failed"], iteration: int) -> None:
+        """Note how this attempt ended."""
+        self._lanes.tidy.wait(CLOSE_BOUND_S)
+        self.log = replace(self.log, end=outcome, end_iteration=iteration)
+        try:
+            self.write_log()
+        except OSError as error:
+            self._tell("warning", what=f"the attempt log could not be written: {error}", advice="")
+
+    def write_log(self) -> None:
+        """In every node's directory and in `save`."""
+        if self._start.job.leads_node:
+            for store in self._start.stores:
+                store.write_attempt_log(self.log)
+        self._write_shared_log()
+
+    def _write_shared_log(self) -> None:
+        self._log_waits = False
+        if self._start.job.rank == 0 and "save" in self._start.shared.stores:
+            self._start.shared.stores["save"].write_attempt_log(self.log)

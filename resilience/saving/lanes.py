@@ -1,0 +1,73 @@
+"""The background threads of one start: which there are, whether they move, and how they end within a bound."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable
+
+from resilience.runtime.worker import Lane
+
+__all__ = ["CLOSE_BOUND_S", "Lanes"]
+
+CLOSE_BOUND_S = 10.0
+_FAILED_CLOSE_BOUND_S = 2.0
+
+
+class Lanes:
+    """`protect`: saves on nodes. `drain`: to shared storage. `tidy`: certificates, deletions. `reserve`: buffers."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self._tell = tell
+        self.protect = Lane("protect", self._failed)
+        self.drain = Lane("drain", self._failed)
+        self.tidy = Lane("tidy", self._failed)
+        self.reserve = Lane("reserve", self._failed)
+        self._all = (self.protect, self.drain, self.tidy, self.reserve)
+        self.give_up: Callable[[], None] = lambda: None  # called before the lanes are to end
+        self.exit_status = 0  # with which the process is to end, should a thread be stuck then
+        atexit.register(self._at_exit)
+
+    def wait_idle(self, bound_s: float) -> None:
+        for lane in self._all:
+            lane.wait(bound_s)
+
+    def wait_saves(self, bound_s: float) -> None:
+        """Until no lane has work for a save, at most about `bound_s`."""
+        for lane in (self.protect, self.drain):
+            lane.wait(bound_s)
+
+    def finished(self) -> tuple[int, ...]:
+        """How many tasks of each lane are over."""
+        return tuple(lane.finished for lane in self._all)
+
+    def running(self) -> list[str]:
+        """What the lanes are doing."""
+        return [lane.running for lane in self._all if lane.running]
+
+    def ask_to_end(self, *, failed: bool) -> None:
+        """Have each lane finish (`failed`: drop) what is queued, within a bound."""
+        self.exit_status = self.exit_status or int(failed)
+        self.give_up()
+        for lane in self._all:
+            lane.close(_FAILED_CLOSE_BOUND_S if failed else CLOSE_BOUND_S, drop=failed)
+
+    def ended(self, *, failed: bool) -> bool:
+        """Whether all threads are over, after one more bound; whatever waited for a peer was woken before."""
+        bound_s = _FAILED_CLOSE_BOUND_S if failed else CLOSE_BOUND_S
+        closed = [lane.close(bound_s, drop=True) for lane in self._all]  # each, whatever the others say
+        if all(closed):
+            atexit.unregister(self._at_exit)
+        return all(closed)
+
+    def _at_exit(self) -> None:
+        """A thread is still in a transfer, or nobody called `close`: leaving would abort the process, so leave hard."""
+        self.give_up()
+        if not all(lane.close(_FAILED_CLOSE_BOUND_S, drop=True) for lane in self._all):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.exit_status)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._tell("warning", what=f"background task {what!r} failed: {error!r}", advice="Please report this.")
