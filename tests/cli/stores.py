@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from resilience.planning.inventory import AttemptLog, Role, SaveId, Tier
 from resilience.snapshot.layout import Piece, ShardIdentity, plan_layout
 from resilience.stores.digest import digest_of
 from resilience.stores.filesystem import PosixFileSystem
+from resilience.stores.lock import DirectoryLock
 from resilience.stores.node_store import NodeStore
 from resilience.stores.records import ShardRecord
 
@@ -116,6 +118,24 @@ class World:
         for node in self.nodes:
             log = AttemptLog(self.run_id, attempt_id(generation), generation, **fields)
             self.store(node).write_attempt_log(log)
+
+    def abandon(self) -> None:
+        """Saves 10 and 20 of one attempt; a second one went back to 10 and completed 11."""
+        base = self.save(10)
+        self.save(20)
+        newer = self.save(11, generation=2)
+        self.log(1, completed=save_id(20))
+        self.log(2, base=base, completed=newer)
+
+    @contextlib.contextmanager
+    def live(self, node: str) -> Iterator[None]:
+        """As if a job were running on `node`."""
+        lock = DirectoryLock(self.store(node).root, 0)
+        lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def shard(self, save: SaveId, owner: int, node: str) -> Path:
         return self.store(node).shard_path(save, owner, self.ranks)

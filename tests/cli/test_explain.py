@@ -123,11 +123,7 @@ def test_another_world_size_is_said_to_be_in_the_way(capsys: Any, world: World) 
 
 
 def test_abandoned_saves_are_passed_over(capsys: Any, world: World) -> None:
-    base = world.save(10)
-    world.save(20)
-    newer = world.save(11, generation=2)
-    world.log(1, completed=save_id(20))
-    world.log(2, base=base, completed=newer)
+    world.abandon()
     document = ask_json(capsys, "explain", *world.local)
     assert document["decision"] == decided(11, 2)
     assert "abandoned" in document["passed_over"][0]["reason"]

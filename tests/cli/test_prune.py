@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from resilience.planning.inventory import SaveId
-from resilience.stores.lock import DirectoryLock
 from tests.cli.stores import RUN, World, ask, ask_json, save_id
 from tests.formats.worlds import RUN as SHARED_RUN
 from tests.stores.test_shared_store import loads, owned, publish
@@ -59,12 +58,8 @@ def test_the_newest_complete_and_the_newest_fully_replicated_save_stay(capsys: A
 def test_a_dry_run_tells_and_deletes_nothing_and_needs_no_lock(capsys: Any, world: World) -> None:
     world.save(10)
     world.save(20)
-    live = DirectoryLock(world.store("node0").root, 0)
-    live.acquire()
-    try:
+    with world.live("node0"):
         document = ask_json(capsys, "prune", "--keep-last", 1, "--dry-run", *world.local)
-    finally:
-        live.release()
     assert iterations(document["deleted"]) == [10]
     assert here(world) == {10, 20}
     assert "Would be deleted" in ask(capsys, "prune", "--keep-last", 1, "--dry-run", *world.local).out
@@ -74,12 +69,8 @@ def test_a_live_job_is_not_pruned_at_all(capsys: Any, world: World) -> None:
     """The lock of one node is enough to leave every node alone."""
     world.save(10)
     world.save(20)
-    live = DirectoryLock(world.store("node3").root, 0)
-    live.acquire()
-    try:
+    with world.live("node3"):
         error = ask_json(capsys, "prune", "--keep-last", 1, *world.local, status=3)["error"]
-    finally:
-        live.release()
     assert error["type"] == "AnotherJobError"
     assert here(world) == {10, 20}
     ask_json(capsys, "prune", "--keep-last", 1, *world.local)
@@ -87,11 +78,7 @@ def test_a_live_job_is_not_pruned_at_all(capsys: Any, world: World) -> None:
 
 
 def test_abandoned_saves_go_even_if_they_are_newer(capsys: Any, world: World) -> None:
-    base = world.save(10)
-    world.save(20)
-    newer = world.save(11, generation=2)
-    world.log(1, completed=save_id(20))
-    world.log(2, base=base, completed=newer)
+    world.abandon()
     document = ask_json(capsys, "prune", *world.local)
     assert iterations(document["deleted"]) == [20]
     assert here(world) == {10, 11}
@@ -161,12 +148,8 @@ def test_forgetting_a_run_frees_all_that_nodes_hold_of_it_and_of_nothing_else(ca
 def test_forgetting_needs_the_lock_and_a_run_that_is_there(capsys: Any, world: World) -> None:
     world.save(10)
     assert "nothing of run 'other'" in str(ask_json(capsys, "prune", "--forget", "other", *world.local, status=2))
-    live = DirectoryLock(world.store("node1").root, 0)
-    live.acquire()
-    try:
+    with world.live("node1"):
         assert ask(capsys, "prune", "--forget", RUN, *world.local).status == 3
-    finally:
-        live.release()
     assert here(world) == {10}
 
 

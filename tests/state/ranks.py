@@ -3,66 +3,16 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing as mp
-import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from resilience.errors import LayoutMismatchError
 from resilience.state import TrainingState, state_digest
-from tests.ranks import PRELOAD
 from tests.state.saving import restore, save_of
-
-_TIMEOUT_S = 200
-
-
-def on_ranks(work: Callable[[int], Any], directory: Path, size: int = 2) -> list[Any]:
-    """Run `work(rank)` in `size` processes of one gloo group; what each returned, by rank. Bounded."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)  # one server per test process: whoever is first decides what it has loaded
-    processes, ends = [], []
-    for rank in range(size):
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(work, rank, size, str(directory / "store"), there), daemon=True)
-        process.start()
-        there.close()
-        processes.append(process)
-        ends.append(here)
-    try:
-        results = []
-        for rank, end in enumerate(ends):
-            if not end.poll(_TIMEOUT_S):
-                raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_S} s")
-            done, result = end.recv()
-            if not done:
-                raise AssertionError(f"rank {rank} failed:\n{result}")
-            results.append(result)
-        return results
-    finally:
-        for process in processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
-def _rank(work: Callable[[int], Any], rank: int, size: int, store: str, end: Connection) -> None:
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
-        end.send((True, work(rank)))
-    except Exception:  # noqa: BLE001 - whatever it is, the test that waits for it has to see it
-        end.send((False, traceback.format_exc()))
-    finally:
-        dist.destroy_process_group()
 
 
 class Net(nn.Module):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from tests.ranks import run_ranks, values
+from tests.state.ranks import load_the_others_shard, resume_replicated, resume_sharded
 
-from tests.state.ranks import load_the_others_shard, on_ranks, resume_replicated, resume_sharded
 
-
-def test_sharded_training_resumes_to_the_bit_with_uneven_and_empty_shards(tmp_path: Path) -> None:
-    first, second = on_ranks(resume_sharded, tmp_path)
+def test_sharded_training_resumes_to_the_bit_with_uneven_and_empty_shards() -> None:
+    first, second = values(run_ranks(2, resume_sharded))
     assert first["same"]
     assert second["same"]
     assert first["items"]["model/0/up.weight"] == ((5, 4), (0, 0), (3, 4), False)
@@ -21,8 +20,8 @@ def test_sharded_training_resumes_to_the_bit_with_uneven_and_empty_shards(tmp_pa
     assert second["average"]
 
 
-def test_replicated_training_resumes_to_the_bit_without_a_prefix(tmp_path: Path) -> None:
-    first, second = on_ranks(resume_replicated, tmp_path)
+def test_replicated_training_resumes_to_the_bit_without_a_prefix() -> None:
+    first, second = values(run_ranks(2, resume_replicated))
     assert first["same"]
     assert second["same"]
     assert first["items"]["model/0/up.weight"] == ((5, 4), (0, 0), (5, 4), True)
@@ -30,7 +29,7 @@ def test_replicated_training_resumes_to_the_bit_without_a_prefix(tmp_path: Path)
     assert not first["items"]["rng/torch"][3]
 
 
-def test_another_shard_of_the_same_tensor_does_not_fit(tmp_path: Path) -> None:
-    for text in on_ranks(load_the_others_shard, tmp_path):
+def test_another_shard_of_the_same_tensor_does_not_fit() -> None:
+    for text in values(run_ranks(2, load_the_others_shard)):
         assert "model/0/up.weight: saved as the shard" in text
         assert "optimizer/0/state/up.weight/exp_avg: saved as the shard" in text
