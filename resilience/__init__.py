@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from resilience.formats.load import load_checkpoint
     from resilience.reports import Resume, SaveReport
     from resilience.state import ParallelLayout, TrainingState, TrainState, shard, shard_at
+    from resilience.state.distributed_optimizer import DistributedOptimizer
     from resilience.trainer import ResilientTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointConfig",
+    "DistributedOptimizer",
     "ParallelLayout",
     "ResiliencyConfig",
     "ResiliencyController",
@@ -38,6 +40,7 @@ __all__ = [
 #: Name → the module that defines it; a module of that very name is exported itself.
 _HOME = {
     "CheckpointConfig": "resilience.config",
+    "DistributedOptimizer": "resilience.state.distributed_optimizer",
     "ParallelLayout": "resilience.state",
     "ResiliencyConfig": "resilience.config",
     "ResiliencyController": "resilience.controller",

@@ -13,7 +13,7 @@ from typing import Any
 
 from resilience.announce import announce_start
 from resilience.assembly import Start, assemble
-from resilience.config import CheckpointConfig, ResiliencyConfig, override_from_env, validate_together
+from resilience.config import CheckpointConfig, ResiliencyConfig, override_from_env, validate_together, without_effect
 from resilience.errors import ConfigError, PeerLostError, SaveStuckError, StoppedExit
 from resilience.job import make_communicator, node_identity
 from resilience.job_facts import job_facts
@@ -73,6 +73,8 @@ class ResiliencyController:
         )  # fmt: skip
         for override in overrides:
             self.tell("warning", what=str(override), advice="")
+        for what, advice in without_effect(self.checkpoint):
+            self.tell("warning", what=what, advice=advice)
         self.resumed_from: Resume | None = None
         self.iteration = 0
         self._start: Start | None = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from resilience.planning.format_fit import JobFacts
+from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.tensors import is_dtensor
 from resilience.state.training_state import TrainingState
 
-__all__ = ["job_facts"]
+__all__ = ["content_metadata", "job_facts"]
 
 #: By name, because neither Megatron nor a version of torch that lacks one of them has to be importable.
 _MEGATRON_FSDP = frozenset({"MegatronFSDP", "FullyShardedDataParallel"})
@@ -24,6 +25,20 @@ def job_facts(state: TrainingState) -> JobFacts:
         return JobFacts("megatron_fsdp", distributed)
     sharded = any(is_dtensor(parameter) for module in modules for parameter in module.parameters())
     return JobFacts("torch_fsdp2" if sharded else "ddp", distributed)
+
+
+def content_metadata(state: TrainingState, *, mem_efficient: bool) -> dict[str, Any]:
+    """How the optimizer's state lies in a checkpoint, in Megatron Core's words.
+
+    Always the layout that any other one can be loaded from: the slices are written into the tensors' own shapes where
+    they are, so that this costs no more than the other one would.
+    """
+    if not any(isinstance(optimizer, DistributedOptimizerState) for optimizer in state.optimizers):
+        return {}
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": mem_efficient,
+    }
 
 
 def _is_called(found: Any, names: frozenset[str], package: str = "") -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilience.config import CheckpointConfig, ResiliencyConfig, unsupported, validate_together
+from resilience.config import CheckpointConfig, ResiliencyConfig, unsupported, validate_together, without_effect
 from resilience.errors import ConfigError
 
 REPLICATED: dict[str, Any] = {
@@ -138,3 +138,13 @@ def test_nvrx_cliques_are_accepted_exactly_when_no_domain_holds_two_of_one(
         fits &= all(len({domains[rank] for rank in clique}) == factor for clique in cliques)
     problem = domains_problem(domains, ranks_per_node=ranks_per_node, replication_factor=factor, replication_jump=jump)
     assert (problem == "") == fits
+
+
+def test_saving_memory_over_a_layout_that_is_not_asked_for_is_warned_of() -> None:
+    alone = CheckpointConfig(distrib_optim_fully_reshardable_mem_efficient=True)
+    ((what, advice),) = without_effect(alone)
+    assert "no effect without dist_ckpt_optim_fully_reshardable" in what
+    assert "Set dist_ckpt_optim_fully_reshardable" in advice
+    both = CheckpointConfig(dist_ckpt_optim_fully_reshardable=True, distrib_optim_fully_reshardable_mem_efficient=True)
+    assert without_effect(both) == without_effect(CheckpointConfig()) == []
+    assert unsupported(both, ResiliencyConfig()) == unsupported(alone, ResiliencyConfig()) == []

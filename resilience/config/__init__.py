@@ -9,7 +9,7 @@ from __future__ import annotations
 from resilience.config.checkpoint import CheckpointConfig
 from resilience.config.load import Override, load_config, override_from_env
 from resilience.config.resiliency import ResiliencyConfig
-from resilience.config.together import unsupported, validate_together
+from resilience.config.together import unsupported, validate_together, without_effect
 
 __all__ = [
     "CheckpointConfig",
@@ -19,4 +19,5 @@ __all__ = [
     "override_from_env",
     "unsupported",
     "validate_together",
+    "without_effect",
 ]

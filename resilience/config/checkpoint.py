@@ -142,13 +142,13 @@ class CheckpointConfig:
     # distributed optimizer
     dist_ckpt_optim_fully_reshardable: bool = setting(
         False,
-        "Store the distributed optimizer's state so that tensor, pipeline, expert and data parallel sizes may all "
-        "change; otherwise only the data-parallel size may.",
+        "In Megatron Bridge: store the distributed optimizer's state so that tensor, pipeline, expert and data "
+        "parallel sizes may all change, not the data-parallel one only. Ours is always stored so, whatever is given.",
     )
     distrib_optim_fully_reshardable_mem_efficient: bool = setting(
         False,
-        "Use as little memory as possible for that, by going over Gloo. Has effect only with "
-        "`dist_ckpt_optim_fully_reshardable`.",
+        "In Megatron Bridge: use less memory for that. Ours gathers nothing either way. Alone, without "
+        "`dist_ckpt_optim_fully_reshardable`, it is warned of.",
     )
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from resilience.config.checkpoint import CheckpointConfig
 from resilience.config.resiliency import ResiliencyConfig
 from resilience.errors import ConfigError
 
-__all__ = ["unsupported", "validate_together"]
+__all__ = ["unsupported", "validate_together", "without_effect"]
 
 
 def validate_together(
@@ -57,10 +57,13 @@ def validate_together(
         raise ConfigError(f"{len(problems)} settings cannot be used:\n{listed}")
 
 
-_WITHOUT_EFFECT = (
-    ("dist_ckpt_optim_fully_reshardable", False, "there is no distributed optimizer"),
-    ("distrib_optim_fully_reshardable_mem_efficient", False, "there is no distributed optimizer"),
-)
+def without_effect(checkpoint: CheckpointConfig) -> list[tuple[str, str]]:
+    """Settings that change nothing as the others are: what to say, and what to do about it."""
+    if checkpoint.distrib_optim_fully_reshardable_mem_efficient and not checkpoint.dist_ckpt_optim_fully_reshardable:
+        name = "distrib_optim_fully_reshardable_mem_efficient"
+        advice = f"Set dist_ckpt_optim_fully_reshardable too, or leave {name} out."
+        return [(f"{name} has no effect without dist_ckpt_optim_fully_reshardable", advice)]
+    return []
 
 
 def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> list[ConfigError]:
@@ -73,10 +76,6 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
     if checkpoint.ckpt_format == "zarr" and find_spec("google_crc32c") is None:
         says = 'checkpoint.ckpt_format: "zarr" needs packages that are not installed here.'
         found.append(ConfigError(says, advice="Install them: pip install torch-resilience[zarr]"))
-    for key, default, says in _WITHOUT_EFFECT:
-        given = getattr(checkpoint, key)
-        if given != default:
-            refuse(f"checkpoint.{key}", str(given), says, f"Leave {key} at {default!r}.")
     if resiliency.redundancy != "replica":
         refuse(
             "resiliency.redundancy",

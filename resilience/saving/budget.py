@@ -19,6 +19,7 @@ from resilience.planning.inventory import SaveId
 from resilience.planning.memory import budget, check, optimizer_bytes
 from resilience.planning.restore_plan import needed_owners
 from resilience.runtime.memory import available_bytes
+from resilience.state.distributed_optimizer import DistributedOptimizer
 from resilience.state.tensors import is_dtensor, local_part
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem
@@ -113,6 +114,10 @@ def _state_bytes(state: TrainingState) -> tuple[int, int]:
             shared, own = (shared + item.tensor.nbytes, own) if item.replicated else (shared, own + item.tensor.nbytes)
     for each in state.optimizers:
         optimizer = getattr(each, "optimizer", None)
+        if isinstance(optimizer, DistributedOptimizer):  # each rank steps its own slices
+            inner = optimizer.inner
+            own += 0 if inner.state else sum(_moments(inner, group, group["params"]) for group in inner.param_groups)
+            continue
         if not isinstance(optimizer, torch.optim.Optimizer) or optimizer.state:
             continue  # what it has is among the items
         for group in optimizer.param_groups:

@@ -13,6 +13,7 @@ from resilience.errors import EvictedError, ResilienceError, StoreError
 from resilience.formats.extras import Extras, extras_of
 from resilience.formats.protocol import SaveMeta
 from resilience.formats.saver import DrainJob, DrainTarget, SharedSaver
+from resilience.job_facts import content_metadata
 from resilience.planning.book import drain_slot
 from resilience.planning.control import SlotReport
 from resilience.planning.history import abandoned_checkpoints
@@ -110,6 +111,7 @@ class Drain:
             self._start.job.world_size, state.train_state.to_dict(), state.run_config,
             tp=layout.tp if layout else None, pp=layout.pp if layout else None,
             fully_parallel_save=config.fully_parallel_save,
+            content=content_metadata(state, mem_efficient=config.distrib_optim_fully_reshardable_mem_efficient),
         )  # fmt: skip
         if wish.to_global:
             yield DrainTarget(self._start.shared.stores["global"], 2, meta)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from tests.ranks import killed, run_ranks
 from tests.resharding.layouts import assert_ranks_hold, stored
-from tests.state.distributed_ranks import Way, run, whole_of
+from tests.state.distributed_ranks import TIMEOUT_S, Way, run, whole_of, work
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -38,3 +42,65 @@ def test_another_number_of_ranks_has_the_same_state_to_the_bit(tmp_path: Path, b
     last, loaded = whole_of([ran.last for ran in saved]), whole_of([ran.parts for ran in resumed])
     assert last.keys() == loaded.keys()
     assert all(torch.equal(last[key], loaded[key]) for key in last)
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, 2), (2, 1)), pytest.param((2, 1), (4, 2), marks=pytest.mark.long)])
+def test_another_tensor_parallel_size_has_the_same_state_to_the_bit(
+    tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    root, memory = str(tmp_path / "save"), str(tmp_path / "memory")
+    saved = run(Way(before[0], memory, 2, save=root, dtype="bfloat16", tp=before[1]))
+    resumed = run(Way(after[0], memory, 3, load=root, dtype="bfloat16", tp=after[1]))
+    assert {ran.resumed for ran in resumed} == {2}
+    last, loaded = whole_of([ran.last for ran in saved]), whole_of([ran.parts for ran in resumed])
+    assert last.keys() == loaded.keys()
+    assert tuple(last["optimizer/0/state/up/exp_avg"].shape) == (12, 5)
+    assert all(torch.equal(last[key], loaded[key]) for key in last)
+
+
+@pytest.mark.parametrize(("before", "after"), [("divided", "plain"), ("plain", "divided")])
+def test_a_divided_optimizer_goes_on_as_an_undivided_one_and_back(tmp_path: Path, before: str, after: str) -> None:
+    root, memory = str(tmp_path / "save"), str(tmp_path / "memory")
+    saved = run(Way(2, memory, 3, save=root, kind=before))
+    straight = run(Way(2, memory, 6, kind=after))
+    resumed = run(Way(2, memory, 6, load=root, kind=after))
+    last, loaded = whole_of([ran.last for ran in saved]), whole_of([ran.parts for ran in resumed])
+    assert last.keys() == loaded.keys()
+    assert all(torch.equal(last[key], loaded[key]) for key in last)
+    assert resumed[0].losses == pytest.approx(straight[0].losses[3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["local", "in_memory"])
+def test_a_killed_job_goes_on_from_its_nodes_to_the_bit(tmp_path: Path, kind: str) -> None:
+    options: tuple[tuple[str, Any], ...] = (("non_persistent_ckpt_type", kind), ("non_persistent_save_interval", 2))
+    if kind == "local":
+        options += (("non_persistent_local_ckpt_dir", str(tmp_path / "local")),)
+    way = Way(2, str(tmp_path / "memory"), 6, dtype="bfloat16", options=options, run_id="divided")
+    outcomes = run_ranks(2, work, replace(way, kill_at=5), timeout_s=TIMEOUT_S)
+    assert all(killed(outcome) for outcome in outcomes), outcomes
+    resumed = run(way)
+    straight = run(Way(2, str(tmp_path / "other"), 6, dtype="bfloat16"))
+    (iteration,) = {ran.resumed for ran in resumed}
+    assert iteration in (2, 4)
+    assert {ran.tier for ran in resumed} == {kind}
+    assert [ran.losses for ran in resumed] == [ran.losses[iteration:] for ran in straight]
+    before, after = (whole_of([ran.last for ran in rans]) for rans in (straight, resumed))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_plain_dcp_reads_the_whole_state_and_the_layout_is_told(tmp_path: Path) -> None:
+    saved = run(Way(2, str(tmp_path / "memory"), 2, save=str(tmp_path / "save"), dtype="bfloat16"))
+    folder = tmp_path / "save" / "iter_0000002"
+    last = whole_of([ran.last for ran in saved])
+    found = {
+        f"optimizer.state.{kind}.{name}": torch.empty(last[f"optimizer/0/state/{name}/{kind}"].shape)
+        for name in ("up", "up_bias", "down", "down_bias", "scale")
+        for kind in ("param", "exp_avg", "exp_avg_sq")
+    }
+    dcp.load(found, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    for key, tensor in found.items():
+        _, _, kind, name = key.split(".")
+        assert torch.equal(tensor, last[f"optimizer/0/state/{name}/{kind}"])
+    common = torch.load(folder / "common.pt", weights_only=True)
+    assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
+    assert [group["lr"] for group in common["optimizer"]["param_groups"]] == [0.05, 0.02]
