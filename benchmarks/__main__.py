@@ -18,6 +18,8 @@ from typing import Any, Final
 from rich.console import Console
 
 from benchmarks import figures as told
+from benchmarks.persistent_figures import persistent_figures
+from benchmarks.persistent_rounds import measure_persistent
 from benchmarks.report import document, table, write
 from benchmarks.rounds import (
     measure_boundaries,
@@ -28,7 +30,7 @@ from benchmarks.rounds import (
 )
 from benchmarks.settings import FULL, QUICK, Settings
 
-_PARTS: Final = ("imports", "planning", "boundaries", "restores", "saves")
+_PARTS: Final = ("imports", "planning", "boundaries", "restores", "persistent", "saves")
 _MOUNT: Final = Path("/dev/shm")
 
 
@@ -79,12 +81,18 @@ def _saves(settings: Settings, directory: Path, options: argparse.Namespace) -> 
     return found, told.save_figures(found)
 
 
+def _persistent(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_persistent(settings, directory, _say)
+    return found, persistent_figures(found)
+
+
 _Part = Callable[[Settings, Path, argparse.Namespace], tuple[Any, list[told.Figure]]]
 _PART: Final[dict[str, _Part]] = {
     "imports": _imports,
     "planning": _planning,
     "boundaries": _boundaries,
     "restores": _restores,
+    "persistent": _persistent,
     "saves": _saves,
 }
 

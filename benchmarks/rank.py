@@ -30,6 +30,7 @@ __all__ = ["Bench", "Place", "timed"]
 #: other roles' environment must not have.
 _ROLES: Final = {
     "saves": "benchmarks.saves",
+    "persistent": "benchmarks.persistent",
     "nvrx": "benchmarks.nvrx_rank",
     "restores": "benchmarks.restores",
     "boundaries": "benchmarks.boundaries",

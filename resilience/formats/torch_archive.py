@@ -6,6 +6,7 @@ Everything here is a whole `torch.save` archive: one tensor, or one list that ho
 from __future__ import annotations
 
 import io
+import sys
 import zipfile
 from collections.abc import Iterable
 from typing import IO, Any, cast
@@ -15,7 +16,10 @@ import torch
 
 from resilience.errors import CorruptCopyError
 
-__all__ = ["archive_of", "as_own_storage", "read_archive", "saved_bytes"]
+__all__ = ["archive_of", "as_own_storage", "read_archive", "saved_bytes", "tensor_in"]
+
+_STORAGES = "/data/"  # in the name of each entry that holds a tensor's bytes
+_BYTE_ORDER = "/byteorder"
 
 
 def as_own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,16 +58,51 @@ def read_archive(content: memoryview, what: str) -> Any:
     Nor is anything that would need more memory than it has bytes: no entry may be compressed.
     """
     try:
-        _refuse_what_swells(content)
+        _checked_entries(content)
         return torch.load(cast(IO[bytes], _ViewReader(content)), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CorruptCopyError(
-            f"{what} is refused: {str(error)[:300] or type(error).__name__}.",
-            advice="It is damaged, or holds something else than tensors and plain values.",
-        ) from error
+        raise _refused(what, error) from error
 
 
-def _refuse_what_swells(content: memoryview) -> None:
+def tensor_in(content: memoryview, what: str) -> tuple[Any, bool]:
+    """The same for an archive of one tensor; True if it is a view of `content`, because its bytes serve as they lie.
+
+    Such a view keeps `content` alive and must not be written to.
+    """
+    try:
+        lying = _lying_in(content)
+    except Exception as error:
+        raise _refused(what, error) from error
+    return (read_archive(content, what), False) if lying is None else (lying, True)
+
+
+def _lying_in(content: memoryview) -> torch.Tensor | None:
+    """None for all that only a real load understands: several storages, none, another byte order, a subclass."""
+    entries = _checked_entries(content)
+    storages = [entry for entry in entries if _STORAGES in entry.filename and "/." not in entry.filename]
+    if len(storages) != 1 or storages[0].file_size == 0 or not _in_our_byte_order(content, entries):
+        return None
+    empty = torch.load(cast(IO[bytes], _ViewReader(content)), map_location="meta", weights_only=True)
+    if type(empty) is not torch.Tensor or empty.layout != torch.strided or empty.is_quantized:
+        return None
+    storage: Any = empty.untyped_storage()
+    start, nbytes = storage._checkpoint_offset, storages[0].file_size
+    if storage.nbytes() != nbytes or empty.is_conj() or empty.is_neg():
+        return None
+    if not 0 <= start <= len(content) - nbytes:
+        raise ValueError("its tensor's bytes lie outside of it")
+    flat = torch.frombuffer(content[start : start + nbytes], dtype=torch.uint8).view(empty.dtype)
+    return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())  # refuses what leaves the storage
+
+
+def _in_our_byte_order(content: memoryview, entries: Iterable[zipfile.ZipInfo]) -> bool:
+    """`torch.save` says it in an entry, without which the order is the machine's."""
+    said = [entry for entry in entries if entry.filename.endswith(_BYTE_ORDER)]
+    with zipfile.ZipFile(cast(IO[bytes], _ViewReader(content))) as archive:
+        return all(archive.read(entry) == sys.byteorder.encode() for entry in said)
+
+
+def _checked_entries(content: memoryview) -> list[zipfile.ZipInfo]:
     """`torch.save` stores entries as they are; a few compressed bytes could unfold to any size."""
     with zipfile.ZipFile(cast(IO[bytes], _ViewReader(content))) as archive:
         entries = archive.infolist()
@@ -71,6 +110,14 @@ def _refuse_what_swells(content: memoryview) -> None:
         raise ValueError("it has compressed entries")
     if sum(entry.file_size for entry in entries) > len(content):
         raise ValueError("its entries claim more bytes than it has")
+    return entries
+
+
+def _refused(what: str, error: Exception) -> CorruptCopyError:
+    return CorruptCopyError(
+        f"{what} is refused: {str(error)[:300] or type(error).__name__}.",
+        advice="It is damaged, or holds something else than tensors and plain values.",
+    )
 
 
 class _Pieces:

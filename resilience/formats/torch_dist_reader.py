@@ -23,7 +23,7 @@ from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_fil
 from resilience.formats.keys import rank_of, tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
 from resilience.formats.rank_object import rank_state_of
-from resilience.formats.torch_archive import read_archive
+from resilience.formats.torch_archive import read_archive, tensor_in
 from resilience.formats.torch_dist import COMMON_STATE
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import read_folder
@@ -33,6 +33,7 @@ from resilience.stores.trackers import TRAIN_STATE
 __all__ = ["TorchDistReader"]
 
 _COMMON_LIMIT = 1 << 30
+_MAPPED_BYTES = 16 << 20  # of files, before they are let go of
 _ALWAYS_READ = frozenset({METADATA, COMMON, MARKER, TRAIN_STATE, RECORD_NAME})
 
 
@@ -47,6 +48,7 @@ class TorchDistReader:
         paths = self._paths(self._stored)
         self._regions = {path: self._stored.tensors[key] for key, path in paths.items()}
         self._files = FolderFiles(folder, fs)
+        self._mapped_bytes = 0  # read since the files were last let go of
 
     def _paths(self, stored: DcpIndex) -> Mapping[str, str]:
         """Key → tree path of every tensor that is part of the state."""
@@ -88,11 +90,24 @@ class TorchDistReader:
         for target, chunk, item in reads:
             by_extent.setdefault(chunk.extent, []).append((chunk, item, target))
         for extent in sorted(by_extent, key=lambda extent: (extent.file, extent.start)):
-            chunk, _, target = by_extent[extent][0]
-            box = self._box(extent, chunk, self._regions[target.key])
-            for _, item, target in by_extent[extent]:
-                into = _narrow(target.out.detach(), item.dest_offsets, item.lengths)
-                into.copy_(_narrow(box, item.storage_offsets, item.lengths))
+            self._read_box(extent, by_extent[extent])
+
+    def _read_box(self, extent: Extent, wanting: Sequence[tuple[StoredChunk, ReadItem, Target]]) -> None:
+        """What was read counts as this process's memory while it is mapped, so that it is let go of in between."""
+        box, lies_in_file = None, False
+        for chunk, item, target in wanting:
+            into = _narrow(target.out.detach(), item.dest_offsets, item.lengths)
+            for start, stop in _row_steps(item.lengths, into.element_size()):
+                if box is None:
+                    box, lies_in_file = self._box(extent, chunk, self._regions[target.key])
+                rows = _rows(_narrow(box, item.storage_offsets, item.lengths), start, stop)
+                _rows(into, start, stop).copy_(rows)
+                self._mapped_bytes += rows.nbytes
+                if self._mapped_bytes >= _MAPPED_BYTES:
+                    del rows
+                    box = None if lies_in_file else box
+                    self._files.close()
+                    self._mapped_bytes = 0
 
     def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:
         names = {chunk.extent.file for _, chunk, _ in self._plan(targets)}
@@ -123,9 +138,10 @@ class TorchDistReader:
             raise CorruptCopyError(f"{key} in {self.folder} is no list of one object.")
         return stored[0]
 
-    def _box(self, extent: Extent, chunk: StoredChunk, region: StoredRegion) -> torch.Tensor:
+    def _box(self, extent: Extent, chunk: StoredChunk, region: StoredRegion) -> tuple[torch.Tensor, bool]:
+        """A whole stored part, and whether it is the mapped file itself."""
         what = f"{extent.file} in {self.folder} at byte {extent.start}"
-        box = read_archive(self._files.part(extent.file, extent.start, extent.nbytes), what)
+        box, lies_in_file = tensor_in(self._files.part(extent.file, extent.start, extent.nbytes), what)
         if (
             not isinstance(box, torch.Tensor)
             or tuple(box.shape) != chunk.sizes
@@ -133,7 +149,7 @@ class TorchDistReader:
         ):
             found = f"{box.dtype} {tuple(box.shape)}" if isinstance(box, torch.Tensor) else type(box).__name__
             raise CorruptCopyError(f"{what} is {found}; .metadata says {region.dtype} {chunk.sizes}.")
-        return box
+        return box, lies_in_file
 
     def _plan(self, targets: Sequence[Target]) -> list[tuple[Target, StoredChunk, ReadItem]]:
         missing = sorted({target.key for target in targets} - self._regions.keys())
@@ -166,6 +182,17 @@ class TorchDistReader:
         for item in items:
             assert item.storage_index.index is not None, "DCP's planner numbers the boxes that it was given"
             yield target, region.chunks[item.storage_index.index], item
+
+
+def _row_steps(lengths: Sequence[int], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a region, each of about `_MAPPED_BYTES` at most."""
+    rows = lengths[0] if lengths else 1
+    step = max(1, _MAPPED_BYTES * rows // max(1, math.prod(lengths) * itemsize))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return tensor[start:stop] if tensor.dim() else tensor
 
 
 def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

@@ -31,6 +31,7 @@ from resilience.formats.kept_plan import KeptPlan, brief_of
 from resilience.formats.keys import rank_key, stored_key
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
 from resilience.formats.rank_object import own_object
+from resilience.formats.read_ahead import read_ahead
 from resilience.formats.torch_archive import archive_of, as_own_storage, saved_bytes
 from resilience.replication.communicator import Agreements
 from resilience.stores.filesystem import FileSystem
@@ -91,7 +92,8 @@ def _has_bytes(chunk: Chunk) -> bool:
 class _RankFile:
     """One rank's `__R_0.distcp`: objects go first, as Megatron Core has them (what it has alone is one), then tensors.
 
-    The bytes are made as they are asked for; where everything lies and their digest are known afterwards.
+    The bytes are made and hashed in a thread of their own, a little ahead of their writing; where everything lies and
+    their digest are known afterwards.
     """
 
     def __init__(
@@ -118,7 +120,8 @@ class _RankFile:
 
     def write(self, folder: Path, fs: FileSystem) -> WrittenFile:
         """Once."""
-        fs.write_file(folder / self._name, self._pieces())
+        with read_ahead(self._pieces()) as pieces:
+            fs.write_file(folder / self._name, pieces)
         aliases = {self._stored_key(alias): self._stored_key(path) for alias, path in self._share.aliases.items()}
         return WrittenFile(
             self._name, self._nbytes, self._digest.hexdigest(), tuple(self._tensors), tuple(self._objects), aliases
