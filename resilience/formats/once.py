@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -21,13 +22,18 @@ def once(chunks: Sequence[Chunk], group: Agreements) -> list[Chunk]:
 
     That is how experts, and shards of FSDP, that data parallelism repeats are written once. What only one rank has, or
     all have alike, becomes a part of the whole. Of what is whole and differs, each rank keeps its own. SaveFailedError
-    on all ranks if two have different bytes for one part of a whole. Collective over all ranks.
+    on all ranks if two have different bytes for one part of a whole, or parts that overlap. Collective over all ranks.
     """
     mine = {_place(chunk): chunk for chunk in chunks if _may_join(chunk)}
     holders: dict[int, list[int]] = {}
-    for rank, payload in enumerate(group.gather(_packed(mine))):
-        for place in _numbers(payload):
+    parts: dict[int, tuple[int, int, int]] = {}
+    for rank, payload in enumerate(group.gather(_packed(word for each in mine.items() for word in _told(*each)))):
+        words = _numbers(payload)
+        for place, key, elements, whole in zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True):
             holders.setdefault(place, []).append(rank)
+            if place & 1:
+                parts[place] = key, elements, whole
+    _refuse_overlaps(parts, mine)
     contested = [place for place in mine if len(holders[place]) > 1]
     contents: dict[int, set[int]] = {}
     for payload in group.gather(_packed(word for place in contested for word in (place, _content(mine[place])))):
@@ -42,6 +48,23 @@ def once(chunks: Sequence[Chunk], group: Agreements) -> list[Chunk]:
         if place not in differ and holders[place][0] == group.rank:
             kept.append(replace(chunk, per_rank=False))
     return kept
+
+
+def _refuse_overlaps(parts: Mapping[int, tuple[int, int, int]], mine: Mapping[int, Chunk]) -> None:
+    """Parts that make up more than their whole: nobody could say which of them counts. `parts`: place → key, elements,
+    elements of the whole."""
+    held: dict[int, int] = {}
+    for key, elements, _ in parts.values():
+        held[key] = held.get(key, 0) + elements
+    beyond = [place for place, (key, _, whole) in parts.items() if held[key] > whole]
+    if not beyond:
+        return
+    named = next((mine[place].key for place in beyond if place in mine), "one tensor")
+    raise SaveFailedError(
+        f"the parts of {named} that the ranks hold overlap: they have more elements than the whole.",
+        advice="Say with resilience.shard which parts of a whole tensors are. Groups of a DistributedOptimizer that "
+        "train one parameter (tied over pipeline stages) have to divide it alike.",
+    )
 
 
 def _refuse_parts_that_differ(
@@ -71,6 +94,10 @@ def _place(chunk: Chunk) -> int:
     """Of what two ranks cannot have beside each other: one part, or the whole whatever its shape. Odd for a part."""
     part = (tuple(chunk.tensor.shape), tuple(chunk.global_shape), tuple(chunk.offsets)) if _is_part(chunk) else ""
     return _hash64(f"{chunk.key} {part}".encode()) & ~1 | _is_part(chunk)
+
+
+def _told(place: int, chunk: Chunk) -> tuple[int, int, int, int]:
+    return place, _hash64(chunk.key.encode()), chunk.tensor.numel(), math.prod(chunk.global_shape)
 
 
 def _content(chunk: Chunk) -> int:

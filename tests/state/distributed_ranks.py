@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Way:
-    """How a job is run. `kind`: "divided", or "plain" for AdamW itself. `kill_at`: every rank is killed in that step."""
+    """How a job is run. `kind`: "divided", or "plain" for AdamW itself. `kill_at`: a step in which all are killed."""
 
     size: int
     memory: str
