@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from resilience.errors import ConfigError
+from resilience.errors import ConfigError, UnsupportedStateError
 from resilience.state.distributed_optimizer import DistributedOptimizer
 from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.optimizer_groups import NamesById, groups_by_name, groups_differ, load_groups
@@ -136,6 +136,12 @@ def optimizer_state(optimizer: Any, position: int, names_by_id: NamesById) -> An
     """The way in which this optimizer's state is read and written."""
     if isinstance(optimizer, DistributedOptimizer):
         return DistributedOptimizerState(optimizer, position, names_by_id)
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise UnsupportedStateError(
+            f"optimizer/{position} is a ZeroRedundancyOptimizer, whose state_dict is whole on one rank only, and only "
+            f"after a consolidate_state_dict.",
+            advice="Use resilience.DistributedOptimizer(params, optimizer_class, …): it divides the state likewise.",
+        )
     ours, base = type(optimizer), torch.optim.Optimizer
     if isinstance(optimizer, base) and (ours.state_dict, ours.load_state_dict) == (
         base.state_dict,

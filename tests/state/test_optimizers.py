@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from resilience.errors import ConfigError, LayoutMismatchError
+from resilience.errors import ConfigError, LayoutMismatchError, UnsupportedStateError
 from resilience.state import TrainingState
+from resilience.state.optimizer_state import optimizer_state
 from tests.state.saving import Save, restore, save_of
 
 
@@ -225,3 +226,12 @@ def test_several_optimizers_and_schedulers_come_back_each_its_own() -> None:
     restore(target, save_of(source.collect()))
     assert target.tree(["optimizer", "scheduler"])["scheduler"] == source.tree(["scheduler"])["scheduler"]
     assert target.optimizers[0].optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_torchs_zero_redundancy_optimizer_is_refused_with_what_to_use_instead() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):  # the real one needs a process group to be made
+        pass
+
+    with pytest.raises(UnsupportedStateError, match="consolidate_state_dict") as refused:
+        optimizer_state(ZeroRedundancyOptimizer([torch.nn.Parameter(torch.zeros(2))], lr=0.1), 0, dict)
+    assert "resilience.DistributedOptimizer" in refused.value.advice
