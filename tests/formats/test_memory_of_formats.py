@@ -1,0 +1,93 @@
+"""What a rank's memory grows by while it saves and loads, seen from a process of its own; and the thread ahead."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resilience.formats.read_ahead import read_ahead
+
+_PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks.memory import growth_of
+from resilience.formats.protocol import Target
+from resilience.formats.registry import open_checkpoint
+from resilience.stores.filesystem import PosixFileSystem
+from tests.formats.worlds import save, whole
+
+torch.set_num_threads(1)
+folder, form = Path(sys.argv[1]), sys.argv[2]
+shapes = [(2000, 500)] * 25 + [(25000, 1000)]  # 100 MB in tensors of 4 MB, and 100 MB in one
+tensors = [torch.full(shape, float(number)) for number, shape in enumerate(shapes)]
+into = [torch.zeros(shape) for shape in shapes]
+
+def write(folder, tensors):
+    save(folder, lambda rank: [whole(f"model/0/{n}", tensor) for n, tensor in enumerate(tensors)], form=form)
+
+def read():
+    reader = open_checkpoint(folder, PosixFileSystem())
+    reader.read([Target(f"model/0/{n}", out, (0, 0)) for n, out in enumerate(into)])
+    reader.close()
+
+write(folder.with_name("small"), [torch.ones(2, 2)])  # what is imported on the way does not count
+print(growth_of(lambda: write(folder, tensors))[1], growth_of(read)[1])
+assert all(torch.equal(one, other) for one, other in zip(tensors, into))
+"""
+_BOUND_BYTES = 64_000_000
+
+
+@pytest.mark.parametrize("form", ["torch_dist", "fsdp_dtensor"])
+def test_saving_and_loading_200_mb_grows_a_rank_by_less_than_64(tmp_path: Path, repository: Path, form: str) -> None:
+    command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "checkpoint"), form]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    saving, loading = map(int, done.stdout.split())
+    assert saving < _BOUND_BYTES
+    assert loading < _BOUND_BYTES
+
+
+def test_what_is_read_ahead_is_the_same_bytes_in_fewer_pieces() -> None:
+    pieces = [bytes([number % 256]) * size for number, size in enumerate([3, 2 << 20, 1, 0, 70_000] * 40)]
+    with read_ahead(memoryview(piece) for piece in pieces) as ahead:
+        got = [bytes(piece) for piece in ahead]
+    assert b"".join(got) == b"".join(pieces)
+    assert len(got) < len(pieces) / 2
+
+
+def test_an_error_ahead_is_raised_where_the_pieces_are_awaited() -> None:
+    def failing() -> Iterator[memoryview]:
+        yield memoryview(bytes(2 << 20))
+        raise ValueError("no more")
+
+    got: list[int] = []
+
+    def consume() -> None:
+        with read_ahead(failing()) as ahead:
+            for piece in ahead:
+                got.append(len(piece))
+
+    with pytest.raises(ValueError, match="no more"):
+        consume()
+    assert got == [2 << 20]
+
+
+def test_a_writer_that_gives_up_leaves_no_thread_behind() -> None:
+    def endless() -> Iterator[memoryview]:
+        while True:
+            yield memoryview(bytes(2 << 20))
+
+    def give_up() -> None:
+        with read_ahead(endless()) as ahead:
+            next(ahead)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        give_up()
+    assert not [thread for thread in threading.enumerate() if thread.name == "resilience-read-ahead"]
