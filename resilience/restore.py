@@ -188,8 +188,7 @@ class Restorer:
                 self.tell("warning", what=f"iteration {chosen.save.iteration} cannot be read: {error}", advice="")
         except ResilienceError as error:
             unfit = error
-        self._agree_or_raise(unfit)
-        struck = self._agree_strikes(bad, problem)
+        struck = self._agree_strikes(bad, problem, unfit)
         if struck:
             return struck, None
         if copy is None:
@@ -231,10 +230,26 @@ class Restorer:
         retrieved, own, replicas = (sum(column) for column in zip(*counts, strict=True))
         return replace(resume, retrieved_bytes=retrieved, own_copies=own, replica_copies=replicas)
 
-    def _agree_strikes(self, failed: Sequence[Strike], problem: ResilienceError | OSError | None) -> set[Strike]:
-        """The copies that failed on any rank. What kept a rank from trying (`problem`) is raised on all."""
-        mine = {"failed": [dataclasses.asdict(strike) for strike in failed], "problem": str(problem or "")[:2000]}
+    def _agree_strikes(
+        self,
+        failed: Sequence[Strike],
+        problem: ResilienceError | OSError | None,
+        unfit: ResilienceError | None = None,
+    ) -> set[Strike]:
+        """The copies that failed on any rank. What kept a rank from trying (`problem`) is raised on all.
+
+        So is that one rank cannot take the save in (`unfit`), whatever else went wrong elsewhere.
+        """
+        mine = {
+            "failed": [dataclasses.asdict(strike) for strike in failed],
+            "problem": str(problem or "")[:2000],
+            "unfit": unfit is not None,
+        }
         everyone = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
+        if unfit is not None:
+            raise unfit
+        if any(told["unfit"] for told in everyone):
+            raise LayoutMismatchError("another rank cannot load the elected save.", advice="See that rank's log.")
         if problem is not None:
             raise problem
         for rank, told in enumerate(everyone):
@@ -242,14 +257,6 @@ class Restorer:
                 raise ResilienceError(f"rank {rank} could not obtain what it needs: {told['problem']}")
         strikes = [strike for told in everyone for strike in told["failed"]]
         return {Strike(**each | {"save": SaveId(**each["save"])}) for each in strikes}
-
-    def _agree_or_raise(self, problem: ResilienceError | None) -> None:
-        """When one rank cannot take the save in, all learn of it and raise together."""
-        if not self.setup.maximum([int(problem is not None)])[0]:
-            return
-        if problem is not None:
-            raise problem
-        raise LayoutMismatchError("another rank cannot load the elected save.", advice="See that rank's log.")
 
 
 def _refusal(error: Exception) -> bytes:

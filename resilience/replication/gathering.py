@@ -63,7 +63,7 @@ class ShardGatherer:
             round_name,
             read=lambda fetch: self._read(save, fetch),
             land=lambda fetch: self._keeper.slot(fetch.owner, fetch.nbytes, reserved=False),
-            make_ready=self._keeper.make_ready,
+            reserve=self._keeper.reserve_room,
             meanwhile=lambda: strikes.extend(self._verify_share(save, plan)),
         )
         problem: OSError | None = None

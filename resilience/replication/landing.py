@@ -1,7 +1,8 @@
 """Getting memory ready for shards that are on their way, segment by segment, ahead of the receives into it.
 
-Fresh pages cost about as much as the bytes take to come. A thread makes them, so that they are made while links are
-built, the sender looks for its copy, and earlier segments arrive.
+Fresh pages cost about as much as the bytes take to come: half of it for their room in the file, half for mapping them.
+Two threads do that, one behind the other, while links are built, the sender looks for its copy, and earlier segments
+arrive.
 """
 
 from __future__ import annotations
@@ -14,47 +15,68 @@ from resilience.planning.retrieval import Fetch
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import segments
 
-__all__ = ["Landing", "MakeReady"]
+__all__ = ["Landing", "Reserve"]
 
 #: Gives a buffer room up to a byte, unless it has it; raises once it is no longer wanted (the last argument).
-MakeReady = Callable[[Arena, int, Callable[[], bool]], None]
+Reserve = Callable[[Arena, int, Callable[[], bool]], None]
+
+_Segment = tuple[Arena, int, int, bool]  # from where to where, and whether its pages are fresh
 
 
 class Landing:
     """The buffers of `fetches`, in their order. Used by one thread; `close` ends it, whatever happened."""
 
-    def __init__(self, fetches: Sequence[Fetch], land: Callable[[Fetch], Arena], make_ready: MakeReady) -> None:
+    def __init__(self, fetches: Sequence[Fetch], land: Callable[[Fetch], Arena], reserve: Reserve) -> None:
         self._fetches = tuple(fetches)
         self._land = land
-        self._make_ready = make_ready
-        self._wanted = True
+        self._reserve = reserve
+        self._closed = False
+        self._roomy: queue.SimpleQueue[_Segment | Exception] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Arena | Exception] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="resilience-landing", daemon=True)
-        if self._fetches:
-            self._thread.start()
+        steps = (self._make_room, self._map_pages) if fetches else ()
+        self._threads = [threading.Thread(target=step, name="resilience-landing", daemon=True) for step in steps]
+        for thread in self._threads:
+            thread.start()
 
     def next(self) -> Arena:
         """The buffer of which one more segment is ready: once for each segment of each fetch, in order.
 
         Raises what kept it from being made (StoreError).
         """
-        ready = self._ready.get()  # the thread puts one for each segment, or what it failed with
+        ready = self._ready.get()  # there comes one for each segment, or what went wrong
         if isinstance(ready, Exception):
             raise ready
         return ready
 
     def close(self) -> None:
         """Make nothing more; waits for the pages that are being made at this moment."""
-        self._wanted = False
-        if self._fetches:
-            self._thread.join()
+        self._closed = True
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
+    def _wanted(self) -> bool:
+        return not self._closed
+
+    def _make_room(self) -> None:
         try:
             for fetch in self._fetches:
                 arena = self._land(fetch)
-                for _, stop in segments(fetch.nbytes):
-                    self._make_ready(arena, stop, lambda: self._wanted)
-                    self._ready.put(arena)
+                fresh = arena.mapped.reserved < arena.nbytes
+                for start, stop in segments(fetch.nbytes):
+                    self._reserve(arena, stop, self._wanted)
+                    self._roomy.put((arena, start, stop, fresh))
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread that waits must not wait for ever
+            self._roomy.put(error)
+
+    def _map_pages(self) -> None:
+        try:
+            for _ in (segment for fetch in self._fetches for segment in segments(fetch.nbytes)):
+                roomy = self._roomy.get()
+                if isinstance(roomy, Exception):
+                    raise roomy
+                arena, start, stop, fresh = roomy
+                if fresh:
+                    arena.mapped.fault_in(start, stop - start, self._wanted)
+                self._ready.put(arena)
+        except Exception as error:  # noqa: BLE001
             self._ready.put(error)

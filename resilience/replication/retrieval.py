@@ -17,7 +17,7 @@ import torch
 from resilience.errors import CorruptCopyError, PeerLostError
 from resilience.planning.retrieval import Fetch
 from resilience.replication.communicator import Communicator, Links, Transfer
-from resilience.replication.landing import Landing, MakeReady
+from resilience.replication.landing import Landing, Reserve
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import SegmentedDigest, segments
 
@@ -56,17 +56,17 @@ def run_fetches(
     *,
     read: Callable[[Fetch], Arena],
     land: Callable[[Fetch], Arena],
-    make_ready: MakeReady,
+    reserve: Reserve,
     meanwhile: Callable[[], None],
 ) -> list[Fetched]:
     """Carry out the fetches that concern this rank. Called by every rank with the same list; pairs work in parallel.
 
-    `read` maps this rank's copy (raising if it cannot), `land` gives a buffer and `make_ready` room in it, both in a
-    thread of their own; `meanwhile` is work of this rank's own to do while its copies are on their way. Raises
-    PeerLostError if a peer died, StoreError if there is no room.
+    `read` maps this rank's copy (raising if it cannot), `land` gives a buffer and `reserve` room in it, both in threads
+    of their own; `meanwhile` is work of this rank's own to do while its copies are on their way. Raises PeerLostError
+    if a peer died, StoreError if there is no room.
     """
     incoming = [fetch for fetch in fetches if fetch.to_rank == communicator.rank]
-    landing = Landing(incoming, land, make_ready)
+    landing = Landing(incoming, land, reserve)
     ways: dict[int, _Way] = {}
     failed = True
     try:

@@ -209,10 +209,11 @@ class PosixFileSystem:
         mapped = self.begin_mapping(path, nbytes)
         try:
             self.reserve(mapped, nbytes, wanted)
-        except StoreError:
+            mapped.fault_in(0, nbytes, wanted)
+        except OSError as error:
             mapped.close()
             _unlink_quietly(path)
-            raise
+            raise _store_error(f"cannot reserve {nbytes} bytes for", path, error) from error
         return mapped
 
     def begin_mapping(self, path: Path, nbytes: int) -> MappedFile:
@@ -233,7 +234,7 @@ class PosixFileSystem:
         return mapped
 
     def reserve(self, mapped: MappedFile, stop: int, wanted: Callable[[], bool]) -> None:
-        """Give what was only begun room up to byte `stop` (of whole pages, or all), and fault it in.
+        """Give what was only begun room up to byte `stop` (of whole pages, or all); its pages are not mapped yet.
 
         StoreError: the mount is full, or `wanted` says no (ECANCELED).
         """
@@ -243,7 +244,6 @@ class PosixFileSystem:
         try:
             with self._open(mapped.path, os.O_RDWR) as fd:
                 pages.reserve(fd, nbytes, wanted, start=start)
-            mapped.fault_in(start, nbytes, wanted)
         except OSError as error:
             what = f"cannot reserve {mapped.nbytes} bytes for"
             raise _store_error(what, mapped.path, error) from error

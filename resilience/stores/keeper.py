@@ -70,7 +70,7 @@ class ShardKeeper:
     def slot(self, owner: int, nbytes: int, *, reserved: bool = True) -> Arena:
         """A buffer of exactly `nbytes` for `owner`'s shard: a warm one if there is one of that size, or about to be.
 
-        Without `reserved` a new one has no room as yet: `make_ready`, before anything is written to it.
+        Without `reserved` a new one has no room as yet: `reserve_room`, before anything is written to it.
         """
         with self._changed:
             self._changed.wait_for(
@@ -85,7 +85,7 @@ class ShardKeeper:
             return self._make(owner, nbytes, stale, always, ahead=False)
         return self._make(owner, nbytes, stale, always, ahead=False, begin=self._fs.begin_mapping)
 
-    def make_ready(self, arena: Arena, stop: int, wanted: Callable[[], bool]) -> None:
+    def reserve_room(self, arena: Arena, stop: int, wanted: Callable[[], bool]) -> None:
         """Give a buffer room up to byte `stop`. StoreError if there is none; ECANCELED once `wanted()` says no."""
         self._fs.reserve(arena.mapped, stop, wanted)
 

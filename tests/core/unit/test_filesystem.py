@@ -165,6 +165,15 @@ def test_a_full_mount_is_told_before_a_byte_is_mapped_and_leaves_nothing(memory_
             FS.create_mapping(memory_mount / "large", 2 << 20)
         assert raised.value.errno == errno.ENOSPC
         assert list(memory_mount.iterdir()) == []
+        begun = FS.begin_mapping(memory_mount / "begun", 2 << 20)
+        FS.reserve(begun, 512 << 10, always)
+        begun.view[: 512 << 10] = bytes(512 << 10)
+        with pytest.raises(StoreError) as raised:
+            FS.reserve(begun, 2 << 20, always)
+        assert raised.value.errno == errno.ENOSPC
+        assert begun.reserved == 512 << 10, "no more than that may be touched"
+        begun.close()
+        FS.unlink(memory_mount / "begun")
         (memory_mount / "sparse").touch()
         os.truncate(memory_mount / "sparse", 2 << 20)
         with pytest.raises(StoreError):
