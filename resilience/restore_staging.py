@@ -8,14 +8,16 @@ checkpoint lacks of the model comes from `pretrained_checkpoint`, if there is on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from resilience.config import CheckpointConfig
-from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError, NoUsableSaveError
+from resilience.errors import CorruptCopyError, LayoutMismatchError, NoUsableSaveError, ResilienceError
 from resilience.formats.folder_files import read_train_state
 from resilience.formats.keys import MODEL_PREFIX, stored_key
 from resilience.formats.loader_files import read_loader
@@ -111,8 +113,8 @@ class Stager:
     def stage(self, state: TrainingState) -> Callable[[], Resume]:
         """Read all that is needed; the function that comes back puts it into the live objects.
 
-        Collective where the strictness looks at missing keys or the load is shared: if another rank fails there, what
-        comes back here must not be called (the ranks agree on that before they call it).
+        Collective, but for a save of this very run that is not shared out: if another rank fails there, what comes back
+        here must not be called (the ranks agree on that before they call it).
         """
         wanted: _Wanted | None = None
         problem: Exception | None = None
@@ -134,7 +136,8 @@ class Stager:
 
         def copy() -> Resume:
             with torch.no_grad():
-                torch._foreach_copy_([tensor for _, tensor in wanted.plan.targets], list(wanted.staged))
+                if wanted.staged:  # torch refuses to copy nothing
+                    torch._foreach_copy_([tensor for _, tensor in wanted.plan.targets], list(wanted.staged))
                 wanted.plan.finish()
                 for optimizer in state.optimizers if "optimizer" not in wanted.parts else ():
                     renew_main_parameters(optimizer.optimizer, stored_weights)
@@ -249,7 +252,8 @@ class Stager:
         """What the checkpoint lacks and the pretrained one has; adds it to `index`."""
         if not lacking or self._chosen.weights_only or self._checkpoint.pretrained_checkpoint is None:
             return frozenset()
-        self._base = self._open_base()
+        with _of_base():
+            self._base = self._open_base()
         if self._base is None:
             return frozenset()
         found = frozenset(lacking) & self._base.index.keys()
@@ -270,34 +274,46 @@ class Stager:
         return frozenset(lacking)
 
     def _judge(self, wanted: _Wanted | None, problem: Exception | None) -> KeyDifference:
-        """Hold the keys against each other as `dist_ckpt_strictness` says; collective where it has to be.
+        """Hold the keys against each other as `dist_ckpt_strictness` says; collective but for a save of this very run.
 
-        Raises this rank's problem, or PeerFailedError if others have one.
+        Raises this rank's problem, or PeerFailedError if others have one: each rank comes as far as the agreement.
         """
         mode = "assume_ok_unexpected" if self._restored_whole else self._checkpoint.dist_ckpt_strictness
-        group, everyone_asks = self._peers.everyone, looks_at_missing(mode)
-        missing: frozenset[str] = frozenset()
-        if everyone_asks:
-            told = {"asked": sorted(wanted.asked), "unexpected": len(wanted.unexpected)} if wanted else None
-            heard = [json.loads(payload) for payload in group.gather(json.dumps(told).encode())]
-            if problem is None and None in heard:
-                raise PeerFailedError("another rank could not plan its load.")
-            if problem is None and wanted is not None:
-                missing = self._missing(wanted, frozenset(key for each in heard for key in each["asked"]))
+        group, missing, difference = self._peers.everyone, frozenset[str](), KeyDifference()
+        told = [] if self._restored_whole else group.gather(self._asked(wanted))
         if problem is None and wanted is not None:
             try:
+                missing = self._missing(wanted, told)
                 difference = judge_keys(set(map(stored_key, wanted.unexpected)), set(map(stored_key, missing)), mode)
-            except MissingKeysError as error:
+            except ResilienceError as error:
                 problem = error
-        if everyone_asks or self._shared_load:
+        if told or self._shared_load:
             agree(group, problem)
         elif problem is not None:
             raise problem
+        if missing and group.rank == 0 and not looks_at_missing(mode):
+            what = f"{len(missing)} entries of {self._reader.folder} are asked for by no rank, and are left behind"
+            self._tell(
+                "warning", what=f"{what}: {_few(missing)}", advice="See dist_ckpt_strictness: raise_all refuses that."
+            )
         return difference
 
-    def _missing(self, wanted: _Wanted, asked: frozenset[str]) -> frozenset[str]:
-        """What the checkpoint has of the loaded parts, and no rank asks for."""
-        return frozenset(key for key in self._reader.index.keys() - asked if _part_of(key) in wanted.parts)
+    def _asked(self, wanted: _Wanted | None) -> bytes:
+        """A bit for each tensor of the checkpoint, by name: whether this rank asks for it. Empty without a plan."""
+        if wanted is None:
+            return b""
+        asked = [key in wanted.asked for key in sorted(self._reader.index)]
+        return b"\1" + np.packbits(np.array(asked, bool)).tobytes()
+
+    def _missing(self, wanted: _Wanted, told: Sequence[bytes]) -> frozenset[str]:
+        """What the checkpoint has of the loaded parts, and no rank asks for. Nothing, if one cannot say."""
+        if not told or not all(told):
+            return frozenset()
+        if len(set(map(len, told))) > 1:
+            raise CorruptCopyError(f"{self._reader.folder} was read with other tensors on other ranks.")
+        asked = np.bitwise_or.reduce([np.unpackbits(np.frombuffer(each, np.uint8)[1:]) for each in told])
+        stored = sorted(self._reader.index)
+        return frozenset(key for at, key in enumerate(stored) if not asked[at] and _part_of(key) in wanted.parts)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -316,12 +332,10 @@ class Stager:
             self._reader.read(wanted.targets)
         if self._base is None or not wanted.base_targets:
             return
-        try:
+        with _of_base():
             if self._verify:
                 self._base.verify(self._base.files(wanted.base_targets))
             self._base.read(wanted.base_targets)
-        except CorruptCopyError as error:  # no reason to strike off the checkpoint that was elected
-            raise NoUsableSaveError(f"pretrained_checkpoint cannot be used: {error}") from error
 
     # -- main parameters of a mixed-precision optimizer ---------------------------------------------------------------
 
@@ -359,6 +373,15 @@ class Stager:
             missing_keys=tuple(sorted(difference.missing)), unexpected_keys=tuple(sorted(difference.unexpected)),
             notes=self._notes,
         )  # fmt: skip
+
+
+@contextmanager
+def _of_base() -> Iterator[None]:
+    """What fails in `pretrained_checkpoint` is no reason to strike off the checkpoint that was elected."""
+    try:
+        yield
+    except (CorruptCopyError, OSError) as error:
+        raise NoUsableSaveError(f"pretrained_checkpoint cannot be used: {error}") from error
 
 
 def _not_to_be_called() -> Resume:

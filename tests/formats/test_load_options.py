@@ -179,6 +179,15 @@ def test_a_base_that_is_damaged_is_refused_and_no_reason_to_fall_back_to_an_olde
         Job(root, make=adapted, options=options, resiliency=only).run()
 
 
+def test_a_base_that_is_not_whole_is_refused_before_anything_is_struck_off(root: Path, tmp_path: Path) -> None:
+    Job(tmp_path / "base").run(4)
+    options, only = {"pretrained_checkpoint": str(tmp_path / "base")}, {"save_frozen": False}
+    Job(root, make=adapted, options=options, resiliency=only).run(3)
+    (tmp_path / "base" / "iter_0000004" / "__0_0.distcp").unlink()
+    with pytest.raises(NoUsableSaveError, match="pretrained_checkpoint cannot be used"):
+        Job(root, make=adapted, options=options, resiliency=only).run()
+
+
 # -- a release, and another program's checkpoint ----------------------------------------------------------------------
 
 
@@ -254,6 +263,14 @@ def test_a_key_that_nobody_asks_for_is_not_looked_at(root: Path, mode: str, capl
         second = Job(root, seed=1, make=less, options={"dist_ckpt_strictness": mode}).run(3)
     assert torch.equal(second.loaded["up.weight"], first.model.up.weight)
     assert (second.resume.missing_keys, "Keys differ" in caplog.text) == ((), False)
+
+
+def test_trained_weights_that_nobody_asks_for_are_never_left_behind_in_silence(root: Path) -> None:
+    Job(root).run(2)
+    assert Job(root, seed=1).run().step == 2
+    assert "left behind" not in warnings_of(root)
+    assert Job(root, seed=2, make=less).run().step == 2
+    assert "left behind: down.bias, down.weight, optimizer.state.exp_avg.down.bias" in warnings_of(root)
 
 
 @pytest.mark.parametrize("mode", ["log_all", "return_all", "ignore_all"])
