@@ -16,7 +16,7 @@ import torch
 
 from resilience.errors import CorruptCopyError
 
-__all__ = ["archive_of", "as_own_storage", "read_archive", "saved_bytes", "tensor_in"]
+__all__ = ["aligned", "archive_of", "as_own_storage", "read_archive", "saved_bytes", "tensor_in"]
 
 _STORAGES = "/data/"  # in the name of each entry that holds a tensor's bytes
 _BYTE_ORDER = "/byteorder"
@@ -67,13 +67,31 @@ def read_archive(content: memoryview, what: str) -> Any:
 def tensor_in(content: memoryview, what: str) -> tuple[Any, bool]:
     """The same for an archive of one tensor; True if it is a view of `content`, because its bytes serve as they lie.
 
-    Such a view keeps `content` alive and must not be written to.
+    Such a view keeps `content` alive and must not be written to, nor read but through `aligned`: archives follow each
+    other in a file without gaps.
     """
     try:
         lying = _lying_in(content)
     except Exception as error:
         raise _refused(what, error) from error
     return (read_archive(content, what), False) if lying is None else (lying, True)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that suits their dtype: a copy, made byte by byte, if they lie at another one.
+
+    Torch takes the address for granted; a complex128 that lies elsewhere ends the process.
+    """
+    itemsize = tensor.element_size()
+    if tensor.data_ptr() % itemsize == 0:
+        return tensor
+    as_bytes = torch.empty(0, dtype=torch.uint8).set_(
+        tensor.untyped_storage(),
+        tensor.storage_offset() * itemsize,
+        (*tensor.shape, itemsize),
+        (*(stride * itemsize for stride in tensor.stride()), 1),
+    )
+    return as_bytes.clone(memory_format=torch.contiguous_format).view(tensor.dtype).reshape(tensor.shape)
 
 
 def _lying_in(content: memoryview) -> torch.Tensor | None:

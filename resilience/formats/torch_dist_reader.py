@@ -23,7 +23,7 @@ from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_fil
 from resilience.formats.keys import rank_of, tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
 from resilience.formats.rank_object import rank_state_of
-from resilience.formats.torch_archive import read_archive, tensor_in
+from resilience.formats.torch_archive import aligned, read_archive, tensor_in
 from resilience.formats.torch_dist import COMMON_STATE
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import read_folder
@@ -100,7 +100,7 @@ class TorchDistReader:
             for start, stop in _row_steps(item.lengths, into.element_size()):
                 if box is None:
                     box, lies_in_file = self._box(extent, chunk, self._regions[target.key])
-                rows = _rows(_narrow(box, item.storage_offsets, item.lengths), start, stop)
+                rows = aligned(_rows(_narrow(box, item.storage_offsets, item.lengths), start, stop))
                 _rows(into, start, stop).copy_(rows)
                 self._mapped_bytes += rows.nbytes
                 if self._mapped_bytes >= _MAPPED_BYTES:
