@@ -162,20 +162,20 @@ class Restorer:
             raise ValueError("nothing was chosen")
         failed: Sequence[Strike] = ()
         load: Callable[[TrainingState], Callable[[], Resume]] | None = None
-        problem: ResilienceError | OSError | None = None
+        problem: Exception | None = None
         try:
             if chosen.kind == "shared":
                 failed, load = self.shared.obtain(chosen, state)
             else:
                 failed, load = self._obtain(chosen.save, plan, round_number)
-        except (ResilienceError, OSError) as error:  # no room for what it fetches, a peer that died: no copy is bad
+        except Exception as error:  # noqa: BLE001  (no room for what it fetches, or anything else: the others wait)
             problem = error
         struck = self._agree_strikes(failed, problem)
         if struck:
             return struck, None
         if load is None:
             raise ValueError("agreed on shards that are not there")
-        unfit: ResilienceError | None = None
+        unfit: Exception | None = None
         copy: Callable[[], Resume] | None = None
         bad: list[Strike] = []
         try:
@@ -186,18 +186,18 @@ class Restorer:
             else:
                 bad = [Strike(where, tier, chosen.save) for where, tier in _places(plan)]
                 self.tell("warning", what=f"iteration {chosen.save.iteration} cannot be read: {error}", advice="")
-        except ResilienceError as error:
+        except Exception as error:  # noqa: BLE001  (the user's objects are looked at here, and the others wait)
             unfit = error
         struck = self._agree_strikes(bad, problem, unfit)
         if struck:
             return struck, None
         if copy is None:
             raise ValueError("agreed on a load that is not there")
-        resume = copy()  # the first live tensor changes here
+        resume = self._load(copy)
         if self.gatherer is not None:
             # only now: until the election is over, the record of a bad primary still says what its owner's digest was
             self.gatherer.drop_bad_copies(struck_before)
-        return set(), self._summed(resume)
+        return set(), resume
 
     def _obtain(
         self, save: SaveId, plan: Plan, round_number: int
@@ -223,18 +223,36 @@ class Restorer:
 
         return failed, load
 
-    def _summed(self, resume: Resume) -> Resume:
-        """What was moved and found, over all ranks; also the last agreement: every rank has loaded."""
-        mine = [resume.retrieved_bytes, resume.own_copies, resume.replica_copies]
-        counts = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
-        retrieved, own, replicas = (sum(column) for column in zip(*counts, strict=True))
+    def _load(self, copy: Callable[[], Resume]) -> Resume:
+        """The live state changes here; and the last agreement: every rank has loaded, or none goes on.
+
+        A rank whose objects refuse what they are given (`load_state_dict`) raises that, all others that it did. What
+        was moved and found is summed over all ranks.
+        """
+        problem: Exception | None = None
+        mine: dict[str, Any] = {}
+        try:
+            resume = copy()
+            mine["counts"] = [resume.retrieved_bytes, resume.own_copies, resume.replica_copies]
+        except Exception as error:  # noqa: BLE001  (the others must not go on without this rank)
+            problem, mine["failed"] = error, _in_words(error)
+        everyone = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
+        if problem is not None:
+            raise problem
+        for rank, told in enumerate(everyone):
+            if "failed" in told:
+                raise ResilienceError(
+                    f"rank {rank} failed while it loaded, so that no rank can go on: {told['failed']}",
+                    advice="Nothing was saved since. Mend the cause and start again.",
+                )
+        retrieved, own, replicas = (sum(column) for column in zip(*(each["counts"] for each in everyone), strict=True))
         return replace(resume, retrieved_bytes=retrieved, own_copies=own, replica_copies=replicas)
 
     def _agree_strikes(
         self,
         failed: Sequence[Strike],
-        problem: ResilienceError | OSError | None,
-        unfit: ResilienceError | None = None,
+        problem: Exception | None,
+        unfit: Exception | None = None,
     ) -> set[Strike]:
         """The copies that failed on any rank. What kept a rank from trying (`problem`) is raised on all.
 
@@ -242,7 +260,7 @@ class Restorer:
         """
         mine = {
             "failed": [dataclasses.asdict(strike) for strike in failed],
-            "problem": str(problem or "")[:2000],
+            "problem": "" if problem is None else _in_words(problem),
             "unfit": unfit is not None,
         }
         everyone = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
@@ -257,6 +275,12 @@ class Restorer:
                 raise ResilienceError(f"rank {rank} could not obtain what it needs: {told['problem']}")
         strikes = [strike for told in everyone for strike in told["failed"]]
         return {Strike(**each | {"save": SaveId(**each["save"])}) for each in strikes}
+
+
+def _in_words(error: Exception) -> str:
+    """Never empty."""
+    kind = "" if isinstance(error, ResilienceError | OSError) and str(error) else f"{type(error).__name__}: "
+    return f"{kind}{error}"[:2000]
 
 
 def _refusal(error: Exception) -> bytes:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from resilience.config import CheckpointConfig
-from resilience.errors import CorruptCopyError, LayoutMismatchError
+from resilience.errors import CorruptCopyError, LayoutMismatchError, ResilienceError
+from resilience.reports import Resume
+from resilience.restore import Restorer
 from resilience.restore_staging import Peers, Stager
 from tests.formats.worlds import ThreadAgreements, on_all_ranks
 
@@ -30,6 +32,39 @@ def test_when_one_rank_cannot_plan_its_load_all_are_at_the_same_place_afterwards
     assert isinstance(failed, CorruptCopyError)
     with pytest.raises(LayoutMismatchError, match="another rank"):
         sound()
+
+
+@pytest.mark.parametrize("where", ["obtain", "stage", "copy"])
+def test_what_a_ranks_own_objects_raise_at_a_load_ends_the_start_of_all(where: str) -> None:
+    def work(group: ThreadAgreements) -> None:
+        def step(name: str) -> None:
+            if name == where and group.rank == 1:
+                raise TypeError
+
+        def copy() -> Resume:
+            step("copy")
+            return Resume(3, 1, "persistent", 0.0)
+
+        def stage(_: Any) -> Any:
+            step("stage")
+            return copy
+
+        def obtain(*_: Any) -> Any:
+            step("obtain")
+            return [], stage
+
+        chosen = SimpleNamespace(kind="shared", source="save", tier="persistent", save=None)
+        plan: Any = SimpleNamespace(decision=SimpleNamespace(chosen=chosen))
+        nothing: Any = None
+        restorer = Restorer(
+            nothing, group, "", "", (), None, SimpleNamespace(obtain=obtain), nothing, nothing, nothing,  # type: ignore[arg-type]
+            lambda *_, **__: None,
+        )  # fmt: skip
+        restorer._try(plan, nothing, 0, set())
+
+    sound, failed = on_all_ranks(2, work)
+    assert isinstance(failed, TypeError)
+    assert isinstance(sound, ResilienceError)
 
 
 def a_stager(folder: Path, group: ThreadAgreements, mode: str, *, fails: bool) -> Stager:
