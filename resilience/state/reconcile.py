@@ -81,6 +81,9 @@ def _fit_optimizer(saved: Any, live: Any) -> None:
     assert isinstance(groups, list) and isinstance(mine, list), "checked"  # noqa: PT018
     if any(not _plain(group) for group in (*groups, *mine)):
         return
+    before, here = ({name for group in each for name in _names(group)} for each in (groups, mine))
+    if any(set(_names(old)) & here != set(_names(new)) & before for old, new in zip(groups, mine, strict=True)):
+        return  # a parameter is in another group now, with other hyperparameters: the plan says so
     known: set[str] = set()
     for old, new in zip(groups, mine, strict=True):
         if set(_names(old)) != set(_names(new)):

@@ -282,6 +282,20 @@ def test_or_it_is_reported(root: Path, mode: str, caplog: Any) -> None:
     assert ("(missing): down.bias" in caplog.text) == (mode == "log_all")
 
 
+def test_a_parameter_that_is_in_another_group_now_does_not_take_that_groups_hyperparameters(root: Path) -> None:
+    def grouped(*decayed: str) -> Any:
+        def make(model: torch.nn.Module) -> torch.optim.Optimizer:
+            named = dict(model.named_parameters())
+            groups = [[named[name] for name in decayed], [named[name] for name in named if name not in decayed]]
+            return torch.optim.AdamW([{"params": group, "weight_decay": 0.1 * n} for n, group in enumerate(groups)])
+
+        return make
+
+    Job(root, optimizer=grouped("up.weight", "down.weight")).run(2)
+    with pytest.raises(LayoutMismatchError, match="param_groups/0"):
+        Job(root, optimizer=grouped("up.weight")).run()
+
+
 def test_raise_all_names_the_keys_on_both_sides(root: Path) -> None:
     Job(root).run(2)
     job = functools.partial(Job, root, seed=1, options={"dist_ckpt_strictness": "raise_all"})
