@@ -54,6 +54,10 @@ class Reservation:
             self._under_way = True
             self._lane.submit("reserve arenas", self._run)
 
+    def enlarge(self) -> None:
+        """Put what a restore brought here into huge pages, since nothing may be saved for long. Does not wait."""
+        self._lane.submit("enlarge pages", lambda: self._keeper.enlarge_pages(self._go_on))
+
     def stop(self) -> None:
         """Give up what is being reserved, within moments, and leave nothing of it; the lane is to be closed then."""
         self._ended = True

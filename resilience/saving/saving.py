@@ -130,6 +130,8 @@ class Saving:
             keeper.keep_only(kept)
             for save in kept:
                 keeper.adopt(save, self._mine_of(save, keeper))
+        if self._reservation is not None:
+            self._reservation.enlarge()
         agree_all(self._start.setup, self.afterwards.write_log)
         if self.replicas is not None:
             self._agree_where_arenas_lie()

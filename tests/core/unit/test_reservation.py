@@ -15,7 +15,7 @@ from resilience.saving.reservation import Buffers, Reservation
 from resilience.stores.filesystem import MappedFile, PosixFileSystem
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import NodeStore
-from resilience.stores.pages import always
+from resilience.stores.pages import HUGE_BYTES, always
 
 SIZE = 4096
 
@@ -101,6 +101,18 @@ def test_a_layout_that_has_grown_gets_buffers_of_its_own(node: Node) -> None:
     assert node.reserve() == ["00000"] * 3 + ["00001"] * 2
     sizes = sorted(path.stat().st_size for path in node.keeper.arena_dir.iterdir())
     assert sizes == [2 * SIZE] * 2 + [3 * SIZE] * 3
+
+
+def test_buffers_made_ahead_and_what_a_restore_brought_are_asked_into_huge_pages(node: Node) -> None:
+    landed = node.keeper.slot(1, 3 * HUGE_BYTES)
+    landed.mapped.view[:2] = b"it"
+    node.reservation.enlarge()
+    assert node.lane.wait(30)
+    assert landed.mapped.huge_bytes in (0, 3 * HUGE_BYTES), "as the kernel can"
+    assert landed.mapped.view[:2] == b"it"
+    node.reservation.want([Buffers(0, HUGE_BYTES, 1)])
+    node.reserve()
+    assert node.keeper.slot(0, HUGE_BYTES).mapped.huge_bytes in (0, HUGE_BYTES)
 
 
 def test_an_end_in_the_middle_of_it_leaves_nothing_and_is_no_problem(node: Node) -> None:
