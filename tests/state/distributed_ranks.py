@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,13 +111,24 @@ def work(rank: int, way: Way) -> Ran:
         for step in trainer.iterations(way.steps):
             losses.append(_step(model, net, rank, way))
             if step == way.kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                trainer.wait()  # for the saves until here: what is resumed does not depend on who is quicker
+                _die_together(rank, way)
             _sum_of_replicas(net, way, group)
             optimizer.step()
             optimizer.zero_grad()
         last = parts_of(trainer)
     kept = sum(part.numel() for key, _, _, part in last if key.endswith("/exp_avg"))
     return Ran(losses, resumed.iteration if resumed else None, resumed.tier if resumed else "", parts, last, kept)
+
+
+def _die_together(rank: int, way: Way) -> None:
+    """As `kill -9`, and none before all have come here: a rank whose peer died first would raise an error instead."""
+    marks = [Path(f"{way.memory}.dying-{peer}") for peer in range(way.size)]
+    marks[rank].touch()
+    until = time.monotonic() + 60
+    while not all(mark.exists() for mark in marks) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _step(model: nn.Module, net: nn.Module, rank: int, way: Way) -> float:

@@ -81,7 +81,7 @@ def test_a_killed_job_goes_on_from_its_nodes_to_the_bit(tmp_path: Path, kind: st
     resumed = run(way)
     straight = run(Way(2, str(tmp_path / "other"), 6, dtype="bfloat16"))
     (iteration,) = {ran.resumed for ran in resumed}
-    assert iteration in (2, 4)
+    assert iteration == 4
     assert {ran.tier for ran in resumed} == {kind}
     assert [ran.losses for ran in resumed] == [ran.losses[iteration:] for ran in straight]
     before, after = (whole_of([ran.last for ran in rans]) for rans in (straight, resumed))
