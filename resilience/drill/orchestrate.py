@@ -211,13 +211,15 @@ class Orchestrator:
         fault_t = self._clock.wall()
         for fault in strike.faults:
             self._break(fault)
-        self._note_fired(strike)
+        if not strike.ends_attempt:
+            self._note_fired(strike)
         if not strike.restarts:
             return StrikeRecord(strike, fault_t, fault_t, reached)
         if strike.ends_attempt:
             self._agents.end(
                 grace_s=_TERM_GRACE_S if any(f.kind in ("lose", "stop", "reboot") for f in strike.faults) else 0
             )
+            self._note_fired(strike)  # not before: who waits would be let go, and train on until its end comes
         elif not self._agents.wait_gone(pids, self._plan.stalled_after_s):
             raise self._failed(f"After {strike.spec} the old processes did not end.")
         gone_t = self._clock.wall()

@@ -186,9 +186,8 @@ def test_a_peer_that_lives_but_moves_nothing_is_given_up_in_the_end() -> None:
 
 
 def test_a_peer_that_is_slow_and_lives_breaks_no_transfer() -> None:
-    (waited, message, _), _ = values(run_ranks(2, wait_in_vain, 1.5 * BOUND_S))
-    assert waited >= 1.5 * BOUND_S - 0.1
-    assert message == ""
+    (_, message, lost), _ = values(run_ranks(2, wait_in_vain, 1.5 * BOUND_S))
+    assert (message, lost) == ("", None)
 
 
 def wait_for_a_stopped_process(rank: int) -> tuple[str, int | None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -17,6 +19,7 @@ from resilience.drill.agents import MARK, Agents
 from resilience.drill.damage import choose, committed_copies, cut_in_half, flip_bytes
 from resilience.drill.environment import Plan, drill_settings, environment, fault_variables, reference_settings
 from resilience.drill.nodes import VirtualNodes
+from resilience.drill.orchestrate import Orchestrator
 from resilience.drill.output import LossTail
 from resilience.drill.progress import JobProgress
 from resilience.drill.rehearsal import Rehearsal
@@ -30,7 +33,10 @@ from resilience.drill.result import (
     unplanned_restarts,
 )
 from resilience.drill.scenario import Scenario, parse_fault
+from resilience.drill.story import Story
 from resilience.errors import CommandError, ConfigError
+from resilience.observe.events import EventLog
+from resilience.runtime.clock import SystemClock
 
 
 def plan_with(*specs: str, root: Path = Path("/work"), **shape: Any) -> Plan:
@@ -237,6 +243,24 @@ def test_processes_that_escaped_their_agent_are_found_and_killed(monkeypatch: py
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_who_waits_for_a_fault_is_not_let_go_before_its_processes_are_gone(tmp_path: Path) -> None:
+    """A rank that is let go trains on, and may complete a save that the fault was to come before."""
+    plan = plan_with("corrupt:node=0@4", root=tmp_path, nodes=2)
+    plan.events_dir.mkdir()
+    known: list[bool] = []
+    agents: Any = SimpleNamespace(end=lambda grace_s: known.append(plan.fired.exists()))
+    nodes: Any = None
+    clock = SystemClock()
+    orchestrator = Orchestrator(
+        plan, nodes, agents, Story(io.StringIO()), None, 0.0, clock, EventLog(None, "drill", 0, clock)
+    )
+    orchestrator._spoil = lambda fault: None  # type: ignore[method-assign]
+    orchestrator._progress.take({**event(1, "start"), "node": "node0"})
+    orchestrator._carry_out(plan.scenario.strikes[0])
+    assert known == [False]
+    assert plan.fired.read_text() == "0@4\n"
 
 
 def event(t: float, name: str, rank: int = 0, attempt: str = "g1", pid: int = 1, **fields: Any) -> dict[str, Any]:
