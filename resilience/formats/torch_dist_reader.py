@@ -33,7 +33,7 @@ from resilience.stores.trackers import TRAIN_STATE
 __all__ = ["TorchDistReader"]
 
 _COMMON_LIMIT = 1 << 30
-_MAPPED_BYTES = 16 << 20  # of files, before they are let go of
+_MAPPED_BYTES = 4 << 20  # of files, before they are let go of
 _ALWAYS_READ = frozenset({METADATA, COMMON, MARKER, TRAIN_STATE, RECORD_NAME})
 
 
