@@ -126,7 +126,9 @@ class Stacked(torch.nn.Module):
 def resume(rank: int, root: str, shapes: Shapes, axis: int) -> Any:
     model = Stacked(shapes, rank, axis)
     checkpoint = CheckpointConfig(load=root, dist_ckpt_strictness="ignore_all")
-    controller = ResiliencyController(TrainingState(model), checkpoint, ResiliencyConfig(run_id="reader"))
+    controller = ResiliencyController(
+        TrainingState(model), checkpoint, ResiliencyConfig(run_id="reader", memory_dir=f"{root}/memory")
+    )
     found = controller.restore()
     for key, (parameter, value, _) in model.expected.items():
         assert torch.equal(parameter, value), key
@@ -142,8 +144,12 @@ def save(rank: int, root: str, shapes: Shapes) -> None:
             parameter.copy_(value)
             optimizer.state[parameter] = {"step": torch.tensor(7.0), **moments}
     checkpoint = CheckpointConfig(save=root)
-    controller = ResiliencyController(TrainingState(model, optimizer), checkpoint, ResiliencyConfig(run_id="writer"))
+    controller = ResiliencyController(
+        TrainingState(model, optimizer), checkpoint, ResiliencyConfig(run_id="writer", memory_dir=f"{root}/memory")
+    )
     assert controller.restore() is None
+    for iteration in range(1, 8):
+        controller.after_step(iteration)
     report = controller.save(7, "persistent")
     assert not report.error, report
     controller.close()
