@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 
 from resilience.runtime.worker import Lane
@@ -13,6 +15,13 @@ __all__ = ["CLOSE_BOUND_S", "Lanes"]
 
 CLOSE_BOUND_S = 10.0
 _FAILED_CLOSE_BOUND_S = 2.0
+_IN_GLOO = (
+    "resilience-links",
+    "resilience-canary",
+    "resilience-control",
+    "resilience-heartbeat",
+    "resilience-liveness",
+)
 
 
 class Lanes:
@@ -26,6 +35,7 @@ class Lanes:
         self.reserve = Lane("reserve", self._failed)
         self._all = (self.protect, self.drain, self.tidy, self.reserve)
         self.give_up: Callable[[], None] = lambda: None  # called before the lanes are to end
+        self._ended = False
         self.exit_status = 0  # with which the process is to end, should a thread be stuck then
         atexit.register(self._at_exit)
 
@@ -57,17 +67,29 @@ class Lanes:
         """Whether all threads are over, after one more bound; whatever waited for a peer was woken before."""
         bound_s = _FAILED_CLOSE_BOUND_S if failed else CLOSE_BOUND_S
         closed = [lane.close(bound_s, drop=True) for lane in self._all]  # each, whatever the others say
-        if all(closed):
-            atexit.unregister(self._at_exit)
-        return all(closed)
+        self._ended = all(closed)
+        if self._ended:
+            self.give_up = lambda: None
+        return self._ended
 
     def _at_exit(self) -> None:
         """A thread is still in a transfer, or nobody called `close`: leaving would abort the process, so leave hard."""
         self.give_up()
-        if not all(lane.close(_FAILED_CLOSE_BOUND_S, drop=True) for lane in self._all):
+        closed = all(lane.close(_FAILED_CLOSE_BOUND_S, drop=True) for lane in self._all)
+        if not closed or (self._ended and _threads_in_gloo()):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.exit_status)
 
     def _failed(self, what: str, error: Exception) -> None:
         self._tell("warning", what=f"background task {what!r} failed: {error!r}", advice="Please report this.")
+
+
+def _threads_in_gloo() -> list[threading.Thread]:
+    """Threads that are still in a call of gloo's or of the store's: one that comes back while the interpreter is torn
+    down ends the process with SIGABRT."""
+    there = [each for each in threading.enumerate() if each.name.startswith(_IN_GLOO)]
+    until = time.monotonic() + _FAILED_CLOSE_BOUND_S
+    for thread in there:
+        thread.join(max(0.0, until - time.monotonic()))
+    return [thread for thread in there if thread.is_alive()]
