@@ -14,7 +14,7 @@ from resilience.stores.filesystem import FileSystem
 
 __all__ = ["PART_BYTES", "StoredChunk", "StoredTensors"]
 
-PART_BYTES = 32 << 20  # of one tensor in memory, unless a stored box has more
+PART_BYTES = 16 << 20  # of one tensor in memory, unless a stored box has more
 
 
 class StoredTensors:

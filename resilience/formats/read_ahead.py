@@ -6,17 +6,16 @@ for it beside a training thread that computes in Python, so that there should be
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
 __all__ = ["read_ahead"]
 
-_PIECES_AHEAD: Final = 4
+_AHEAD_BYTES: Final = 32 << 20  # made and not yet asked for; one piece may be ahead however large it is
 _JOINED_BYTES: Final = 1 << 20
-_LOOK_S: Final = 0.1  # how often a full queue is asked whether anybody still wants its pieces
 
 
 class _Ahead:
@@ -24,22 +23,38 @@ class _Ahead:
 
     def __init__(self, pieces: Iterator[memoryview]) -> None:
         self._pieces = pieces
-        self._made: queue.Queue[memoryview | None] = queue.Queue(_PIECES_AHEAD)
-        self._unwanted = threading.Event()
+        self._changed = threading.Condition()
+        self._made: deque[memoryview] = deque()
+        self._made_bytes = 0
+        self._ended = False
+        self._unwanted = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="resilience-read-ahead", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[memoryview]:
-        while (piece := self._made.get()) is not None:
+        while (piece := self._take()) is not None:
             yield piece
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
         """Wait for the thread, which ends after the piece that it is at."""
-        self._unwanted.set()
+        with self._changed:
+            self._unwanted = True
+            self._changed.notify_all()
         self._thread.join()
+
+    def _take(self) -> memoryview | None:
+        """The next piece; None after the last one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._made or self._ended)
+            if not self._made:
+                return None
+            piece = self._made.popleft()
+            self._made_bytes -= len(piece)
+            self._changed.notify_all()
+            return piece
 
     def _run(self) -> None:
         try:
@@ -48,22 +63,27 @@ class _Ahead:
                     return
         except BaseException as error:  # noqa: BLE001  (raised where the pieces are awaited)
             self._error = error
-        self._put(None)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
-    def _put(self, piece: memoryview | None) -> bool:
+    def _put(self, piece: memoryview) -> bool:
         """False once nobody wants any more."""
-        while not self._unwanted.is_set():
-            try:
-                self._made.put(piece, timeout=_LOOK_S)
-            except queue.Full:
-                continue
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._unwanted or not self._made or self._made_bytes + len(piece) <= _AHEAD_BYTES
+            )
+            if self._unwanted:
+                return False
+            self._made.append(piece)
+            self._made_bytes += len(piece)
+            self._changed.notify_all()
             return True
-        return False
 
 
 @contextmanager
 def read_ahead(pieces: Iterator[memoryview]) -> Iterator[Iterator[memoryview]]:
-    """The same bytes in pieces that may be larger, at most about `_PIECES_AHEAD` of them before they are asked for.
+    """The same bytes in pieces that may be larger, about `_AHEAD_BYTES` of them before they are asked for.
 
     An error of `pieces` is raised by the iterator. The thread has ended when the context is left.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,25 @@ def test_what_is_read_ahead_is_the_same_bytes_in_fewer_pieces() -> None:
         got = [bytes(piece) for piece in ahead]
     assert b"".join(got) == b"".join(pieces)
     assert len(got) < len(pieces) / 2
+
+
+def test_large_pieces_are_made_one_ahead_and_no_further() -> None:
+    size = 24 << 20
+    made, taken, most = 0, 0, 0
+
+    def counting() -> Iterator[memoryview]:
+        nonlocal made, most
+        for _ in range(8):
+            made += 1
+            most = max(most, made - taken)
+            yield memoryview(bytes(size))
+
+    with read_ahead(counting()) as ahead:
+        for _ in ahead:
+            taken += 1
+            time.sleep(0.02)  # the writer is the slower one
+    assert made == taken == 8
+    assert most <= 3, "one is waiting, one is being made, one may just be changing hands"
 
 
 def test_an_error_ahead_is_raised_where_the_pieces_are_awaited() -> None:
