@@ -15,7 +15,7 @@ from resilience.stores.filesystem import PosixFileSystem
 from tests.cli.stores import ask_json
 from tests.core.training import World, reference
 from tests.formats.jobs import Job, equal
-from tests.formats.test_interrupted_saves import WAIT_S, Doomed, Fate, alone, states
+from tests.formats.test_interrupted_saves import WAIT_S, Doomed, Fate, Place, alone, states
 from tests.ranks import killed, run_ranks, values
 
 pytestmark = pytest.mark.timeout(600)
@@ -37,7 +37,7 @@ def test_a_resume_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_moun
     assert tuple(ran.digest for ran in resumed) == reference(2, 12)
 
 
-def save_twice(rank: int, root: str, kill_at: int | None) -> int:
+def save_twice(rank: int, root: str, kill_at: Place | None) -> int:
     """Train to iteration 4, where the save is watched; returns how many places there were."""
     fate = Fate(root, kill_at)
     fate.watch()
@@ -59,7 +59,7 @@ def test_a_save_that_is_killed_leaves_one_that_loads(tmp_path: Path, part: float
     expected = states(tmp_path / "undisturbed")
     there_are = alone(save_twice, str(tmp_path / "counted" / "ckpt"), None)
     root = tmp_path / "killed" / "ckpt"
-    place = int(there_are * part)
+    place = Place(int(there_are * part))
     (outcome,) = run_ranks(1, save_twice, str(root), place, distributed=False, timeout_s=WAIT_S)
     assert killed(outcome), outcome
     found = load_checkpoint(root)
