@@ -18,7 +18,7 @@ help:
 	@echo "make test       the test suite, without the tests that take minutes"
 	@echo "make test-full  the tests that take minutes"
 	@echo "make check      ruff, mypy and the quick tests        make format     let ruff rewrite"
-	@echo "make bench      figures against memcpy, torch.save, DCP, gloo"
+	@echo "make bench      figures against memcpy, torch.save, DCP, gloo, NVRx"
 	@echo "make docs       regenerate docs/configuration.md, render docs/ to docs/_site"
 
 $(BIN)/python:

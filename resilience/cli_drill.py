@@ -129,11 +129,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def example_script() -> Path:
-    """The example that is drilled by default: beside the package in a clone, inside it when installed."""
-    package = Path(resilience.__file__).parent
-    for path in (package.parent / "examples" / "gpt.py", package / "examples" / "gpt.py"):
-        if path.is_file():
-            return path
+    """The example that is drilled by default: in a clone a link to `examples/`, of which an installation has a copy."""
+    path = Path(resilience.__file__).parent / "examples" / "gpt.py"
+    if path.is_file():
+        return path
     raise ConfigError("The example script is not installed.", advice="Give a script of your own after `--`.")
 
 

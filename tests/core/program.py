@@ -37,7 +37,11 @@ def slow_exchange(training: Training) -> None:
     CliqueExchange.run = slowly  # type: ignore[method-assign]
 
 
-ACTS = {"none": None, "stop": stop, "fail": fail}
+def stall_here(training: Training) -> None:
+    time.sleep(300)
+
+
+ACTS = {"none": None, "stop": stop, "fail": fail, "hang": stall_here}
 
 
 def main() -> None:
@@ -49,7 +53,8 @@ def main() -> None:
     act, _, whom = what.partition("@")
     acts = () if ACTS[act] is None else (Act(5, ACTS[act], int(whom) if whom else None),)
     make = slow_exchange if len(names) > 1 else None
-    Training(int(rank), Plan(memory, disk, names, every=2, acts=acts, make=make, paced=False)).run()
+    limits = {"hang_timeout_s": 1.0} if what == "hang" else {}
+    Training(int(rank), Plan(memory, disk, names, every=2, acts=acts, make=make, paced=False, resiliency=limits)).run()
     if len(names) > 1:
         dist.destroy_process_group()
 

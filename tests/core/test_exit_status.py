@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,57 @@ def test_a_requested_stop_is_75_and_0_under_an_elastic_agent(world: World, repos
     (first, words), (second, _) = ends(plain, elastic)
     assert (first, second) == (75, 0), words
     assert "stopped on request at iteration 7" in words
+
+
+def test_a_hang_ends_the_process_and_its_last_words_are_where_every_thread_was(world: World, repository: Path) -> None:
+    ((status, words),) = ends(start(world, repository, 0, "a", "hang"))
+    assert status == 1, words
+    assert "in stall_here" in words
+    assert "resilience-watchdog" in words or words.count("Thread 0x") >= 2, "all threads' stacks"
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(600)
+def test_a_requested_stop_ends_a_real_elastic_agent_with_0_and_without_a_restart(
+    tmp_path: Path, repository: Path
+) -> None:
+    job = tmp_path / "job.py"
+    job.write_text(_STOPS_ITSELF.format(root=tmp_path), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command += ["--standalone", "--local-addr", "127.0.0.1", str(job)]
+    ran = subprocess.run(
+        command, cwd=repository, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "starts").read_text() == "..", "each of the two ranks was started once"
+    told = subprocess.run(
+        [sys.executable, "-m", "resilience.cli", "outcome", "--save", str(tmp_path / "ckpt"), "--json"],
+        cwd=repository, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert told.returncode == 75, told.stdout + told.stderr
+    assert json.loads(told.stdout)["outcome"] == "stopped"
+
+
+_STOPS_ITSELF = """
+import torch, torch.distributed as dist
+from resilience import CheckpointConfig, ResiliencyConfig, ResilientTrainer
+with open("{root}/starts", "a") as starts:
+    starts.write(".")
+dist.init_process_group("gloo")
+model = torch.nn.Linear(3, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+options = CheckpointConfig(save="{root}/ckpt", save_interval=100)
+limits = ResiliencyConfig(memory_dir="{root}/mem")
+with ResilientTrainer(model, optimizer, checkpoint=options, resiliency=limits) as trainer:
+    for _ in trainer.iterations(50):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if trainer.iteration == 4 and dist.get_rank() == 1:
+            trainer.request_stop()
+raise AssertionError("it was to stop before")
+"""
 
 
 @pytest.mark.parametrize(("act", "statuses"), [("none", {0}), ("stop", {75}), ("fail", {1}), ("fail@1", {1})])

@@ -1,12 +1,15 @@
-"""Promise 7: the training thread pays for the copy; arenas and slots are made in the background."""
+"""Promise 7: the training thread pays for the copy; all else happens in the background."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 import resilience.controller
+from resilience.stores import digest
 from resilience.stores.filesystem import MappedFile, PosixFileSystem
 from resilience.stores.pages import always
 from tests.core.training import Act, Training, World, reference
@@ -25,6 +28,71 @@ class Counted(PosixFileSystem):
 
 def counted(training: Training) -> None:
     resilience.controller.PosixFileSystem = Counted  # of this process, which is about to end
+
+
+class Watched(PosixFileSystem):
+    """Notes what is written, renamed, deleted or made durable, by which thread."""
+
+    done: list[tuple[bool, str]] = []  # of this process, which has one of these
+    armed = False
+
+    @classmethod
+    def note(cls, what: str) -> None:
+        if cls.armed:
+            cls.done.append((threading.current_thread() is threading.main_thread(), what))
+
+    def write_file(self, path: Path, chunks: Iterator[memoryview]) -> None:
+        self.note("write_file")
+        super().write_file(path, chunks)
+
+    def write_atomic(self, path: Path, content: bytes, *, durable: bool = True) -> None:
+        self.note("write_atomic")
+        super().write_atomic(path, content, durable=durable)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self.note("rename")
+        super().rename(source, target)
+
+    def unlink(self, path: Path) -> bool:
+        self.note("unlink")
+        return super().unlink(path)
+
+    def fsync_dir(self, path: Path) -> None:
+        self.note("fsync_dir")
+        super().fsync_dir(path)
+
+
+def watched(training: Training) -> None:
+    resilience.controller.PosixFileSystem = Watched  # of this process, which is about to end
+    add = digest.SegmentedDigest.add
+
+    def noted(self: digest.SegmentedDigest, segment: memoryview) -> None:
+        Watched.note("hash")
+        add(self, segment)
+
+    digest.SegmentedDigest.add = noted  # type: ignore[method-assign]
+
+
+def arm(training: Training) -> None:
+    Watched.armed = True
+
+
+def note_done(training: Training) -> None:
+    settle(training)
+    Watched.armed = False
+    training.notes.append(tuple(Watched.done))
+
+
+@pytest.mark.parametrize(
+    ("kind", "done"),
+    [("local", {"hash", "rename", "write_atomic", "unlink"}), ("disk", {"hash", "write_file", "fsync_dir"})],
+)
+def test_the_training_thread_hashes_writes_and_deletes_nothing(world: World, kind: str, done: set[str]) -> None:
+    plan = world.plan("a", "b", kind=kind, steps=24, make=watched, acts=(Act(4, arm), Act(23, note_done)))
+    for ran in values(world.run(plan)):
+        (noted,) = ran.notes
+        assert done <= {what for _, what in noted}, "it is seen"
+        assert [what for by_training, what in noted if by_training] == []
 
 
 def settle(training: Training) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 
 import resilience.controller
 import resilience.restore
-from resilience.errors import AnotherJobError, StoreError
+from resilience import CheckpointConfig, ResilientTrainer
+from resilience.errors import AnotherJobError, ConfigError, StoreError
 from resilience.stores.filesystem import MappedFile, PosixFileSystem
 from tests.core.training import RUN, Act, Plan, Training, World, die, fail, reference, train
 from tests.ranks import TIMEOUT_S, killed, run_ranks, values
@@ -31,6 +32,16 @@ def with_saves_at_3_and_6(world: World, **fields: Any) -> Plan:
 
 
 # -- two-phase load ---------------------------------------------------------------------------------------------------
+
+
+def test_a_launcher_s_ranks_that_did_not_meet_are_refused_and_do_not_train_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 4, but torch\.distributed is not initialised"):
+        ResilientTrainer(model, checkpoint=CheckpointConfig(save=str(tmp_path / "ckpt"), save_interval=1))
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_a_restore_that_fails_on_one_rank_leaves_no_live_tensor_changed_on_any(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -31,6 +32,14 @@ def test_a_job_of_one_process_that_is_killed_resumes_bit_for_bit(world: World, k
     again = interrupted(world, world.plan("a", kind=kind))
     (ran,) = values(world.run(again))
     assert (ran.resumed.iteration, ran.resumed.tier, ran.resumed.generation) == (6, tier, 1)
+    assert ends_as_undisturbed([ran])
+
+
+def test_a_save_on_a_disk_survives_the_reboot_of_its_node(world: World) -> None:
+    again = interrupted(world, world.plan("a", kind="disk"))
+    shutil.rmtree(world.memory)  # what a reboot takes: arenas, and whatever else lay in memory
+    (ran,) = values(world.run(again))
+    assert (ran.resumed.iteration, ran.resumed.tier) == (6, "local")
     assert ends_as_undisturbed([ran])
 
 
