@@ -12,6 +12,7 @@ from resilience.cli_sources import at_least_one
 from resilience.config import CheckpointConfig, ResiliencyConfig, load_config, validate_together
 from resilience.errors import CommandError, ConfigError, MemoryBudgetError, ResilienceError
 from resilience.planning.memory import MemoryBudget, budget, check
+from resilience.planning.schedule import shortest_interval
 from resilience.planning.topology import Topology, make_topology
 from resilience.runtime.memory import available_bytes
 from resilience.stores.discovery import find_sources
@@ -230,7 +231,7 @@ class _Doctor:
             own_bytes=[shard_bytes] * self.per_node,
             replica_bytes=[shard_bytes for rank in local for _ in held[rank]],
             keep_last=self.resiliency.keep_last,
-            interval=self.checkpoint.non_persistent_save_interval,
+            interval=shortest_interval(self.checkpoint.non_persistent_save_interval, self.resiliency.cadence),
             file_is_arena=self.fs.is_memory_backed(base),
             buffer_bytes=self.per_node * _BUFFER_BYTES_PER_RANK,
             needed_bytes=needed * shard_bytes,

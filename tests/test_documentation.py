@@ -49,7 +49,19 @@ def test_every_file_and_test_that_is_named_exists(repository: Path) -> None:
         files = re.findall(r"`((?:resilience|tests|examples|docs|benchmarks)/[\w./]+)`", text)
         missing += [f"{page.name}: {name}" for name in files if not (repository / name).exists()]
         missing += [f"{page.name}: {name}" for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests]
+        several = [name for name in re.findall(r"`(test_\w+)`", text) if tests.count(f"def {name}(") > 1]
+        missing += [f"{page.name}: {name} is the name of several" for name in several]
     assert missing == []
+
+
+def test_what_is_there_is_not_called_missing(repository: Path) -> None:
+    """Commands come and go quicker than the pages that list them."""
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    architecture = (repository / "docs" / "architecture.md").read_text(encoding="utf-8")
+    _, _, not_there = architecture.partition("## Not in this version")
+    for command in COMMANDS:
+        assert f"`{command.name}`" in readme, "the list of commands in the README"
+        assert f"to {command.name}" not in not_there
 
 
 def test_every_error_is_explained(repository: Path) -> None:

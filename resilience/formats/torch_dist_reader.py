@@ -23,6 +23,7 @@ from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_fil
 from resilience.formats.keys import rank_of, tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
 from resilience.formats.rank_object import rank_state_of
+from resilience.formats.region import MAPPED_BYTES, narrow, row_steps, rows
 from resilience.formats.torch_archive import aligned, read_archive, tensor_in
 from resilience.formats.torch_dist import COMMON_STATE
 from resilience.stores.filesystem import FileSystem
@@ -33,7 +34,6 @@ from resilience.stores.trackers import TRAIN_STATE
 __all__ = ["TorchDistReader"]
 
 _COMMON_LIMIT = 1 << 30
-_MAPPED_BYTES = 4 << 20  # of files, before they are let go of
 _ALWAYS_READ = frozenset({METADATA, COMMON, MARKER, TRAIN_STATE, RECORD_NAME})
 
 
@@ -96,15 +96,15 @@ class TorchDistReader:
         """What was read counts as this process's memory while it is mapped, so that it is let go of in between."""
         box, lies_in_file = None, False
         for chunk, item, target in wanting:
-            into = _narrow(target.out.detach(), item.dest_offsets, item.lengths)
-            for start, stop in _row_steps(item.lengths, into.element_size()):
+            into = narrow(target.out.detach(), item.dest_offsets, item.lengths)
+            for start, stop in row_steps(item.lengths, into.element_size()):
                 if box is None:
                     box, lies_in_file = self._box(extent, chunk, self._regions[target.key])
-                rows = aligned(_rows(_narrow(box, item.storage_offsets, item.lengths), start, stop))
-                _rows(into, start, stop).copy_(rows)
-                self._mapped_bytes += rows.nbytes
-                if self._mapped_bytes >= _MAPPED_BYTES:
-                    del rows
+                stored = aligned(rows(narrow(box, item.storage_offsets, item.lengths), start, stop))
+                rows(into, start, stop).copy_(stored)
+                self._mapped_bytes += stored.nbytes
+                if self._mapped_bytes >= MAPPED_BYTES:
+                    del stored
                     box = None if lies_in_file else box
                     self._files.close()
                     self._mapped_bytes = 0
@@ -182,23 +182,6 @@ class TorchDistReader:
         for item in items:
             assert item.storage_index.index is not None, "DCP's planner numbers the boxes that it was given"
             yield target, region.chunks[item.storage_index.index], item
-
-
-def _row_steps(lengths: Sequence[int], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of a region, each of about `_MAPPED_BYTES` at most."""
-    rows = lengths[0] if lengths else 1
-    step = max(1, _MAPPED_BYTES * rows // max(1, math.prod(lengths) * itemsize))
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return tensor[start:stop] if tensor.dim() else tensor
-
-
-def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
-        tensor = tensor.narrow(axis, start, length)
-    return tensor
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ there has the array's fill value, as zarr wants it; of ours none may be missing,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_fil
 from resilience.formats.keys import tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
 from resilience.formats.rank_object import rank_state_of
+from resilience.formats.region import MAPPED_BYTES, narrow, row_steps, rows
 from resilience.formats.torch_archive import read_archive
 from resilience.formats.zarr_checksum import checksum
 from resilience.formats.zarr_metadata import ARRAY, CHECKSUM_BYTES, STORE, ZarrArray, read_index
@@ -131,38 +132,54 @@ class ZarrReader:
             raise LayoutMismatchError(f"{target.key} has shape {shape} in {self.folder}; asked for is {wanted}.")
 
     def _read_chunk(self, name: str, array: ZarrArray, place: tuple[int, ...], wanting: Sequence[Target]) -> None:
-        box = self._box(name, array)
+        if self._fs.stat(self.folder / name) is None:
+            filled = self._filled(name, array)
+            self._hand_out(array, place, wanting, lambda: filled)
+            return
+        self._check(name, array)
+        self._hand_out(array, place, wanting, lambda: self._box(name, array))
+
+    def _hand_out(
+        self, array: ZarrArray, place: tuple[int, ...], wanting: Sequence[Target], box: Callable[[], torch.Tensor]
+    ) -> None:
+        """Copy what each target wants of a chunk, step by step; the file is let go of after each."""
         for target in wanting:
             overlap = array.grid.overlap(place, target.offsets, tuple(target.out.shape))
             starts = [start - offset for start, offset in zip(overlap.starts, target.offsets, strict=True)]
-            into = _narrow(target.out.detach(), starts, overlap.lengths)
-            into.copy_(_narrow(box, overlap.in_chunk, overlap.lengths))
+            into = narrow(target.out.detach(), starts, overlap.lengths)
+            for start, stop in row_steps(overlap.lengths, into.element_size()):
+                rows(into, start, stop).copy_(rows(narrow(box(), overlap.in_chunk, overlap.lengths), start, stop))
+                self._files.close()
+
+    def _filled(self, name: str, array: ZarrArray) -> torch.Tensor:
+        """A chunk that is not there."""
+        if self.record is not None:
+            raise CorruptCopyError(f"{self.folder / name} is missing.")
+        fill = torch.tensor(array.fill, dtype=getattr(torch, array.stored)).reshape(1).view(getattr(torch, array.dtype))
+        return fill.reshape((1,) * len(array.grid.chunk)).expand(array.grid.chunk)
+
+    def _check(self, name: str, array: ZarrArray) -> None:
+        """Hold a chunk's length and checksum against what is expected, before any of its bytes go anywhere."""
+        nbytes = len(self._files.view(name))
+        if nbytes != array.chunk_bytes:
+            raise CorruptCopyError(
+                f"{self.folder / name} has {nbytes} bytes; a chunk of {array.dtype} {array.grid.chunk} has "
+                f"{array.chunk_bytes}."
+            )
+        if not array.checksum:
+            return
+        found, end = 0, nbytes - CHECKSUM_BYTES
+        for start in range(0, end, MAPPED_BYTES):
+            found = checksum(self._files.view(name)[start : min(start + MAPPED_BYTES, end)], found)
+            self._files.close()
+        if found != int.from_bytes(self._files.view(name)[end:], "little"):
+            raise CorruptCopyError(f"{self.folder / name} does not match its CRC-32C.")
 
     def _box(self, name: str, array: ZarrArray) -> torch.Tensor:
         """A whole chunk, over the mapped file."""
-        dtype = getattr(torch, array.dtype)
-        if self._fs.stat(self.folder / name) is None:
-            if self.record is not None:
-                raise CorruptCopyError(f"{self.folder / name} is missing.")
-            fill = torch.tensor(array.fill, dtype=getattr(torch, array.stored)).reshape(1).view(dtype)
-            return fill.reshape((1,) * len(array.grid.chunk)).expand(array.grid.chunk)
         content = self._files.view(name)
-        if len(content) != array.chunk_bytes:
-            raise CorruptCopyError(
-                f"{self.folder / name} has {len(content)} bytes; a chunk of {array.dtype} {array.grid.chunk} has "
-                f"{array.chunk_bytes}."
-            )
-        if array.checksum:
-            content, closing = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
-            if checksum(content) != int.from_bytes(closing, "little"):
-                raise CorruptCopyError(f"{self.folder / name} does not match its CRC-32C.")
-        return torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(array.grid.chunk)
-
-
-def _narrow(tensor: torch.Tensor, starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-    for axis, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        tensor = tensor.narrow(axis, start, length)
-    return tensor
+        content = content[:-CHECKSUM_BYTES] if array.checksum else content
+        return torch.frombuffer(content, dtype=torch.uint8).view(getattr(torch, array.dtype)).view(array.grid.chunk)
 
 
 def _some(keys: Sequence[str]) -> str:

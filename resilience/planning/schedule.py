@@ -41,3 +41,11 @@ def due_at(
 
 def _reached(iteration: int, interval: int | None) -> bool:
     return interval is not None and interval > 0 and iteration > 0 and iteration % interval == 0
+
+
+def shortest_interval(wished: int | None, cadence: str) -> int | None:
+    """How closely non-persistent saves may follow each other, in steps: what memory must be there for.
+
+    `wished` is the configured interval (None: only on request); with `cadence="auto"` what is measured may say 1.
+    """
+    return 1 if wished is not None and cadence == "auto" else wished

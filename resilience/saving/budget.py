@@ -18,6 +18,7 @@ from resilience.errors import ResilienceError
 from resilience.planning.inventory import SaveId
 from resilience.planning.memory import budget, check, optimizer_bytes
 from resilience.planning.restore_plan import needed_owners
+from resilience.planning.schedule import shortest_interval
 from resilience.runtime.memory import available_bytes
 from resilience.state.distributed_optimizer import DistributedOptimizer
 from resilience.state.tensors import is_dtensor, local_part
@@ -89,7 +90,7 @@ class Budget:
             own_bytes=[shards[rank] for rank in job.node_ranks],
             replica_bytes=[shards[owner] for rank in job.node_ranks for owner in held[rank]],
             keep_last=self._resiliency.keep_last,
-            interval=self._checkpoint.non_persistent_save_interval,
+            interval=shortest_interval(self._checkpoint.non_persistent_save_interval, self._resiliency.cadence),
             file_is_arena=self._file_is_arena,
             on_nodes=self._checkpoint.non_persistent_ckpt_type in ("local", "in_memory"),
             buffer_bytes=len(job.node_ranks) * BUFFER_BYTES_PER_RANK,

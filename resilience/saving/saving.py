@@ -17,7 +17,7 @@ from resilience.formats.saver import SharedSaver
 from resilience.planning.book import Book, Change, Entry, drain_slot
 from resilience.planning.inventory import AttemptLog, SaveId, Tier
 from resilience.planning.memory import arenas_per_rank
-from resilience.planning.schedule import Due
+from resilience.planning.schedule import Due, shortest_interval
 from resilience.replication.communicator import Agreements
 from resilience.replication.protection import Board, SaveJob
 from resilience.reports import SaveReport
@@ -194,7 +194,7 @@ class Saving:
 
     @property
     def _capacity(self) -> int:
-        interval = self._checkpoint.non_persistent_save_interval
+        interval = shortest_interval(self._checkpoint.non_persistent_save_interval, self._resiliency.cadence)
         return arenas_per_rank(self._resiliency.keep_last, interval, self._file_is_arena)
 
     def waits_for_others(self, due: Due) -> bool:

@@ -243,7 +243,7 @@ print(peak() - before)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """480 MiB of tensors, in boxes of at most 12 MiB; one of the tensors alone is 240 MiB."""
+    """480 MiB of tensors, 120 in each shard, in boxes of at most 12 MiB; one of the tensors alone is 240 MiB."""
     root = tmp_path_factory.mktemp("large")
 
     def chunks(rank: int) -> list[Chunk]:
@@ -256,7 +256,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("to", ["zarr", "torch_dist", "safetensors"])
+@pytest.mark.parametrize("to", ["zarr", "torch_dist", "fsdp_dtensor", "safetensors"])
 def test_the_memory_of_a_conversion_is_a_fraction_of_the_checkpoint(large: Path, tmp_path: Path, to: str) -> None:
     words = [str(large / "warm"), str(large / "src"), str(tmp_path / "made"), to]
     ran = subprocess.run([sys.executable, "-c", _CHILD, *words], capture_output=True, text=True, timeout=280)
@@ -265,7 +265,7 @@ def test_the_memory_of_a_conversion_is_a_fraction_of_the_checkpoint(large: Path,
     made = sum(path.stat().st_size for path in (tmp_path / "made").rglob("*") if path.is_file())
     assert min(stored, made) >= 480 << 20
     grown = int(ran.stdout)
-    assert grown < 200 << 20, f"{grown >> 20} MiB for a checkpoint of {stored >> 20} MiB"
+    assert grown < 160 << 20, f"{grown >> 20} MiB for a checkpoint of {stored >> 20} MiB"
 
 
 @given(

@@ -17,6 +17,7 @@ from torch import nn
 import resilience.controller
 from resilience.errors import StoreError
 from resilience.stores.filesystem import MappedFile, PosixFileSystem
+from resilience.stores.trackers import TEXT_TRACKER
 from tests.core.training import Act, Training, World, die, reference
 from tests.ranks import values
 
@@ -86,6 +87,30 @@ def test_a_full_mount_on_one_node_costs_one_save_and_no_training(world: World, k
     for node in "ab":
         assert set(world.copies(node, kind)) == {9, 12}, "nothing of the failed save is left, and saves go on"
         assert world.copies(node, kind)[12] == {0 + (node == "b"): "primary", 1 - (node == "b"): "replica"}
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_persistent_save_that_fails_on_one_rank_leaves_the_one_before_the_newest(
+    world: World, in_background: bool
+) -> None:
+    plan = world.plan(
+        "a", "b", kind=None, save=True, settle=(4, 7), make=on_a_mount_that_fills_up,
+        acts=(Act(4, fill_up, 1), Act(7, note_newest), Act(7, free_up, 1)),
+        checkpoint={"save_interval": 3, "async_save": in_background},
+    )  # fmt: skip
+    results = values(world.run(plan))
+    assert tuple(ran.digest for ran in results) == reference(2)
+    assert [ran.status["failed_saves"] for ran in results] == [1, 1], "all ranks count it"
+    assert [ran.notes for ran in results] == [(("3", ["iter_0000003"]),)] * 2, "nothing of it is visible"
+    told = world.events("save_failed", iteration=6, rank=1)
+    assert "no space is left" in told[0]["error"]
+    assert (world.disk / "save" / TEXT_TRACKER).read_text() == "12"
+    assert {path.name for path in (world.disk / "save").glob("*iter_*")} == {f"iter_{n:07d}" for n in (3, 9, 12)}
+
+
+def note_newest(training: Training) -> None:
+    save = Path(training.checkpoint.save)
+    training.notes.append(((save / TEXT_TRACKER).read_text(), [path.name for path in save.glob("iter_*")]))
 
 
 def test_saves_succeed_again_after_one_failed_on_one_rank_only_however_large_the_model(world: World) -> None:

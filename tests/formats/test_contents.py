@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from resilience.observe.events import read_events
 from resilience.restore_shared import SharedLoader
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.stores.filesystem import PosixFileSystem
+from resilience.stores.trackers import TEXT_TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER
 from tests.formats.jobs import Job, equal
 from tests.ranks import run_ranks, values
 
@@ -55,6 +57,20 @@ def test_both_trackers_name_it(root: Path) -> None:
     Job(root).run(4)
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert (root / "latest_train_state.pt").read_bytes() == (root / "iter_0000004" / "train_state.pt").read_bytes()
+
+
+def test_non_persistent_global_saves_are_two_and_apart_from_persistent_ones(root: Path) -> None:
+    options = {"save_interval": 5, "non_persistent_ckpt_type": "global", "non_persistent_save_interval": 2}
+    job = Job(root, options=options).run(9)
+    between = root / "non_persistent"
+    assert {path.name for path in between.glob("iter_*")} == {"iter_0000006", "iter_0000008"}
+    assert {path.name for path in root.glob("iter_*")} == {"iter_0000005", "iter_0000009"}
+    assert ((between / TEXT_TRACKER).read_text(), (root / TEXT_TRACKER).read_text()) == ("8", "9")
+    (root / TEXT_TRACKER).write_text("5")
+    shutil.copy(root / "iter_0000005" / TRAIN_STATE, root / TRAIN_STATE_TRACKER)
+    again = Job(root, seed=1, options=options).run()
+    assert (again.resume.iteration, again.resume.tier) == (8, "global"), "the newer one, wherever it lies"
+    assert again.before.keys() == job.loaded.keys()
 
 
 def test_what_the_save_options_leave_out_is_nowhere(root: Path) -> None:

@@ -258,7 +258,7 @@ def test_ours_reads_what_plain_dcp_saved_on_another_number_of_ranks(tmp_path: Pa
         assert equal(parameters(loaded), parameters(model)), "of buffers that differ DCP stores some rank's"
 
 
-def test_a_resume_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_mount: Path) -> None:
+def test_a_resume_of_fsdp_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_mount: Path) -> None:
     world = World(memory_mount, tmp_path)
     fields = {"kind": None, "save": True, "make": with_fsdp}
     options = {"ckpt_format": "fsdp_dtensor", "save_interval": 3, "load": str(tmp_path / "save")}
@@ -307,7 +307,7 @@ def test_rng_state_is_rank_0s_in_megatrons_forms(saved: Any, tmp_path: Path) -> 
     torch.Generator().set_state(rng["torch_rng_state"])
 
 
-def test_what_the_save_options_leave_out_is_nowhere(tmp_path: Path) -> None:
+def test_what_the_save_options_leave_out_of_an_fsdp_checkpoint_is_nowhere(tmp_path: Path) -> None:
     options = {"save_optim": False, "save_rng": False}
     values(on_ranks(2, ranks.train_and_save, str(tmp_path / "save"), 1, False, options))
     folder = tmp_path / "save" / "iter_0000001"

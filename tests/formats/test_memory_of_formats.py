@@ -44,7 +44,7 @@ assert all(torch.equal(one, other) for one, other in zip(tensors, into))
 _BOUND_BYTES = 64_000_000
 
 
-@pytest.mark.parametrize("form", ["torch_dist", "fsdp_dtensor"])
+@pytest.mark.parametrize("form", ["torch_dist", "fsdp_dtensor", "zarr"])
 def test_saving_and_loading_200_mb_grows_a_rank_by_less_than_64(tmp_path: Path, repository: Path, form: str) -> None:
     command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "checkpoint"), form]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,7 +155,6 @@ def test_the_files_and_the_metadata_are_those_of_the_contract(written: Path) -> 
 
 
 def test_xarray_opens_the_group(written: Path) -> None:
-    xarray = pytest.importorskip("xarray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opened = xarray.open_zarr(str(written / "tensors.zarr"), consolidated=True)

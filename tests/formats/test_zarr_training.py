@@ -24,7 +24,7 @@ BOUND_S = 280.0  # of a world of ranks: no matter how busy the machine is
 OPTIONS: dict[str, Any] = {"save_interval": 2, "ckpt_format": "zarr"}
 
 
-def test_a_resume_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_mount: Path) -> None:
+def test_a_resume_from_zarr_on_the_same_ranks_is_bit_identical(tmp_path: Path, memory_mount: Path) -> None:
     world = World(memory_mount, tmp_path)
     options = {"ckpt_format": "zarr", "save_interval": 3, "load": str(tmp_path / "save")}
     options["ckpt_assume_constant_structure"] = True

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilience.planning.schedule import Due, due_at
+from resilience.planning.schedule import Due, due_at, shortest_interval
 
 
 def due(iteration: int = 7, **changed: Any) -> Due:
@@ -77,3 +77,9 @@ def test_no_kind_is_ever_due_where_it_has_no_place(
     assert answer.stop == (stop and not last)
     if answer.stop and (s or n):
         assert answer.persistent or answer.non_persistent
+
+
+def test_memory_is_there_for_the_closest_saves_that_the_cadence_may_choose() -> None:
+    assert shortest_interval(50, "fixed") == 50
+    assert shortest_interval(50, "auto") == 1, "it follows what is measured"
+    assert shortest_interval(None, "auto") is None, "only on request, whatever is measured"
