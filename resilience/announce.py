@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from resilience.assembly import Start
 from resilience.reports import Resume
@@ -20,6 +19,7 @@ def announce_start(
     notes: Sequence[str],
     reason: str,
     tell: Callable[..., None],
+    env: Mapping[str, str],
 ) -> None:
     """Emit the events of a start. `notes`: what was seen while taking stock; `reason`: of the decision."""
     job = start.job
@@ -29,7 +29,7 @@ def announce_start(
     if job.rank == 0:
         for note in (*notes, *start.topology.notes, *_cautions(state)):
             tell("warning", what=note, advice="")
-        _warn_of_shared_store(tell)
+        _warn_of_shared_store(tell, env)
     if resume is None:
         tell("fresh", reason=reason)
         return
@@ -60,10 +60,10 @@ def _cautions(state: TrainingState) -> list[str]:
     return [] if state.loader.exact else [f"the data loader: {state.loader.exactness}"]
 
 
-def _warn_of_shared_store(tell: Callable[..., None]) -> None:
+def _warn_of_shared_store(tell: Callable[..., None], env: Mapping[str, str]) -> None:
     """torchrun's workers share one store over restarts in place: ranks then find the addresses of dead peers there."""
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if restarts not in ("", "0") and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+    restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts not in ("", "0") and env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         tell(
             "warning",
             what="a restart in place by torchrun may fail: its store keeps the addresses of the dead processes",

@@ -27,10 +27,10 @@ from resilience.restore import Restorer
 from resilience.restore_shared import SharedLoader
 from resilience.restore_staging import Peers
 from resilience.runtime.clock import Clock
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.state.parallel_layout import ParallelLayout
-from resilience.stores.filesystem import FileSystem
+from resilience.stores.filesystem import FileSystem, Lock
 from resilience.stores.keeper import ShardKeeper
-from resilience.stores.lock import DirectoryLock
 from resilience.stores.node_store import NodeStore
 from resilience.stores.shared_store import SharedStore
 
@@ -38,6 +38,9 @@ __all__ = ["Start", "agree_all", "assemble", "memory_directory"]
 
 _LOCK_WAIT_S = 20.0
 _NONCE = ".nonce-"
+
+#: Draws a name of so many random bytes, in hexadecimal.
+Draw = Callable[[int], str]
 
 
 @dataclass
@@ -50,12 +53,13 @@ class Start:
     run_id: str
     attempt: str
     stores: tuple[NodeStore, ...]
-    locks: tuple[DirectoryLock, ...]
+    locks: tuple[Lock, ...]
     keeper: ShardKeeper | None
     topology: Topology
     refusal: ConfigError | None  # why this topology would not do at a first start
     restorer: Restorer
     shared: SharedLoader
+    threads: Threads
 
     def release(self, *, keep_locks: bool = False) -> None:
         """Give up locks and groups. Local. `keep_locks`: a thread of this start may still write."""
@@ -74,12 +78,16 @@ def assemble(
     fs: FileSystem,
     tell: Callable[..., None],
     env: Mapping[str, str] = os.environ,
+    threads: Threads = SYSTEM_THREADS,
+    draw: Draw = secrets.token_hex,
 ) -> Start:
     """Collective over all ranks. Whatever one rank finds wrong is raised on all of them, and nothing stays locked."""
     setup = communicator.agreements("setup")
-    locks: list[DirectoryLock] = []
+    locks: list[Lock] = []
     try:
-        return _assemble(checkpoint, resiliency, layout, communicator, setup, locks, clock, fs, tell, env)
+        return _assemble(
+            checkpoint, resiliency, layout, communicator, setup, locks, clock, fs, tell, env, threads, draw
+        )
     except BaseException:
         for lock in locks:
             lock.release()
@@ -94,11 +102,13 @@ def _assemble(
     layout: ParallelLayout | None,
     communicator: Communicator,
     setup: Agreements,
-    locks: list[DirectoryLock],
+    locks: list[Lock],
     clock: Clock,
     fs: FileSystem,
     tell: Callable[..., None],
     env: Mapping[str, str],
+    threads: Threads,
+    draw: Draw,
 ) -> Start:
     """`locks` takes those that were acquired."""
     place = (layout or ParallelLayout()).resolve(communicator.rank, communicator.world_size)
@@ -107,17 +117,17 @@ def _assemble(
         checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell,
         _loading_peers(communicator, setup, job, place),
     )  # fmt: skip
-    run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env)
-    attempt = setup.broadcast(secrets.token_hex(16).encode() if job.rank == 0 else None).decode()
+    run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env, draw)
+    attempt = setup.broadcast(draw(16).encode() if job.rank == 0 else None).decode()
     stores = _node_stores(checkpoint, resiliency, run_id, job, fs, env)
     agree_all(setup, lambda: _take_locks(stores, job, clock, locks))
-    _refuse_shared_directories(stores, job, setup)
+    _refuse_shared_directories(stores, job, setup, draw)
     if job.leads_node:
         _sweep(stores, tell)
     setup.barrier()
-    keeper = _keeper(stores, fs, job, clock)
+    keeper = _keeper(stores, fs, job, clock, threads)
     topology, refusal = _topology(checkpoint, job)
-    gatherer = ShardGatherer(job, communicator, stores, keeper, topology, tell) if keeper is not None else None
+    gatherer = None if keeper is None else ShardGatherer(job, communicator, stores, keeper, topology, tell, threads)
     policy = ElectionPolicy(
         ckpt_step=checkpoint.ckpt_step,
         fork_id=resiliency.fork_id or start_id(env) or attempt[:16],
@@ -131,7 +141,19 @@ def _assemble(
         job, setup, run_id, attempt, stores, gatherer, shared, topology, policy, clock, tell
     )  # fmt: skip
     return Start(
-        job, communicator, setup, run_id, attempt, stores, tuple(locks), keeper, topology, refusal, restorer, shared
+        job,
+        communicator,
+        setup,
+        run_id,
+        attempt,
+        stores,
+        tuple(locks),
+        keeper,
+        topology,
+        refusal,
+        restorer,
+        shared,
+        threads,
     )
 
 
@@ -189,6 +211,7 @@ def _agree_run_id(
     resiliency: ResiliencyConfig,
     fs: FileSystem,
     env: Mapping[str, str],
+    draw_name: Draw,
 ) -> str:
     """The leader finds the name, all hear it."""
     found: list[str] = [""]
@@ -201,7 +224,7 @@ def _agree_run_id(
             owner = SharedStore(Path(checkpoint.save), fs, source="save", foreign_problem=foreign_problem).owner()
             kept = owner.run_id if owner is not None else None
         draw = checkpoint.save is not None or checkpoint.non_persistent_ckpt_type is None
-        found[0] = resolve_run_id(resiliency, kept, draw=draw, env=env)
+        found[0] = resolve_run_id(resiliency, kept, draw=draw_name if draw else None, env=env)
 
     agree_all(setup, find)
     return setup.broadcast(found[0].encode() if job.rank == 0 else None).decode()
@@ -230,11 +253,11 @@ def _node_stores(
     return tuple(stores.values())
 
 
-def _take_locks(stores: Sequence[NodeStore], job: Job, clock: Clock, locks: list[DirectoryLock]) -> None:
+def _take_locks(stores: Sequence[NodeStore], job: Job, clock: Clock, locks: list[Lock]) -> None:
     """This rank's byte of each directory's lock, into `locks`; waits a little for a predecessor that is still dying."""
     for store in stores:
         store.prepare()
-        lock = DirectoryLock(store.root, job.node_ranks.index(job.rank))
+        lock = store.fs.lock(store.root, job.node_ranks.index(job.rank))
         deadline = clock.now() + _LOCK_WAIT_S
         while True:
             try:
@@ -256,9 +279,9 @@ def _sweep(stores: Sequence[NodeStore], tell: Callable[..., None]) -> None:
             tell("warning", what=f"{store.root} could not be swept: {error}", advice="")
 
 
-def _refuse_shared_directories(stores: Sequence[NodeStore], job: Job, setup: Agreements) -> None:
+def _refuse_shared_directories(stores: Sequence[NodeStore], job: Job, setup: Agreements, draw: Draw) -> None:
     """Two nodes that see one directory would take each other's copies for their own, and lose both at once."""
-    mine = _NONCE + secrets.token_hex(8)
+    mine = _NONCE + draw(8)
     told = setup.gather(mine.encode() if job.leads_node else b"")
     others = {payload.decode() for rank, payload in enumerate(told) if payload and job.nodes[rank] != job.node_id}
 
@@ -284,12 +307,14 @@ def _refuse_shared_directories(stores: Sequence[NodeStore], job: Job, setup: Agr
                 store.fs.unlink(store.base / store.run_id / mine)
 
 
-def _keeper(stores: Sequence[NodeStore], fs: FileSystem, job: Job, clock: Clock) -> ShardKeeper | None:
+def _keeper(
+    stores: Sequence[NodeStore], fs: FileSystem, job: Job, clock: Clock, threads: Threads
+) -> ShardKeeper | None:
     if not stores:
         return None
     own = stores[0]
     memory = next((store for store in stores if store.memory_backed), own)
-    return ShardKeeper(own, memory.arenas, fs, job.rank, job.world_size, clock.wall)
+    return ShardKeeper(own, memory.arenas, fs, job.rank, job.world_size, clock.wall, threads)
 
 
 def _topology(checkpoint: CheckpointConfig, job: Job) -> tuple[Topology, ConfigError | None]:

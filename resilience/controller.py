@@ -8,6 +8,8 @@ exchange carries.
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from resilience.replication.conversation import Conversation
 from resilience.reports import Resume, SaveReport
 from resilience.requests import take_request
 from resilience.runtime.clock import Clock, SystemClock
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.saving import Saving
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.training_state import TrainingState
@@ -50,25 +53,30 @@ class ResiliencyController:
         communicator: Communicator | None = None,
         clock: Clock | None = None,
         filesystem: FileSystem | None = None,
+        threads: Threads = SYSTEM_THREADS,
+        env: Mapping[str, str] = os.environ,
+        draw: Callable[[int], str] = secrets.token_hex,
     ) -> None:
-        """Not collective by itself. Raises ConfigError for a configuration that cannot work."""
+        """Not collective by itself. Raises ConfigError for a configuration that cannot work.
+
+        What comes from outside the process comes in here; `draw` draws names of so many random bytes.
+        """
         self.state = state
         self.checkpoint = checkpoint if checkpoint is not None else CheckpointConfig()
         self.resiliency = resiliency if resiliency is not None else ResiliencyConfig()
         self.clock: Clock = clock or SystemClock()
         self._fs: FileSystem = filesystem or PosixFileSystem()
         overrides: list[Any] = []
-        if os.environ.get("RESILIENCE_DRILL") == "1":
-            self.checkpoint, self.resiliency, overrides = override_from_env(
-                self.checkpoint, self.resiliency, os.environ
-            )
+        self._threads, self._env, self._draw = threads, env, draw
+        if env.get("RESILIENCE_DRILL") == "1":
+            self.checkpoint, self.resiliency, overrides = override_from_env(self.checkpoint, self.resiliency, env)
         self._communicator = communicator or make_communicator(self.resiliency.exchange_timeout_s)
         validate_together(self.checkpoint, self.resiliency, world_size=self._communicator.world_size)
         if self.checkpoint.save is not None or self.checkpoint.non_persistent_ckpt_type == "global":
             check_format(self.checkpoint.ckpt_format, job_facts(state), async_save=self.checkpoint.async_save)
         events = self.resiliency.events
         self.events = EventLog(
-            None if events is None else Path(events), node_identity(self.resiliency, os.environ),
+            None if events is None else Path(events), node_identity(self.resiliency, env),
             self._communicator.rank, self.clock,
         )  # fmt: skip
         for override in overrides:
@@ -97,7 +105,8 @@ class ResiliencyController:
         """
         layout = self.state.layout
         start = assemble(
-            self.checkpoint, self.resiliency, layout, self._communicator, self.clock, self._fs, self.tell
+            self.checkpoint, self.resiliency, layout, self._communicator, self.clock, self._fs, self.tell, self._env,
+            self._threads, self._draw,
         )  # fmt: skip
         self._start = start
         self.state.layout = (layout or ParallelLayout()).resolve(start.job.rank, start.job.world_size)
@@ -123,7 +132,9 @@ class ResiliencyController:
             self.resiliency, self.clock, self.tell, self._requests,
         )  # fmt: skip
         self._ledger.iteration = self.iteration
-        announce_start(start, self.state, self._log.generation, resume, plan.notes, plan.decision.reason, self.tell)
+        announce_start(
+            start, self.state, self._log.generation, resume, plan.notes, plan.decision.reason, self.tell, self._env
+        )
         return resume
 
     # -- boundaries ---------------------------------------------------------------------------------------------------
@@ -345,7 +356,7 @@ class ResiliencyController:
         start = self._started()
         ledger.settle_or_tell()
         saving.afterwards.end("stopped", self.iteration)
-        elastic = "TORCHELASTIC_RUN_ID" in os.environ
+        elastic = "TORCHELASTIC_RUN_ID" in self._env
         code = 0 if elastic else 75
         self.tell(
             "stopped",

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,19 @@ def node_identity(config: ResiliencyConfig, env: Mapping[str, str]) -> str:
     return name
 
 
-def resolve_run_id(config: ResiliencyConfig, kept: str | None, *, draw: bool, env: Mapping[str, str]) -> str:
-    """The run's name: given, kept in `save`, Slurm's job, the launcher's job, or (`draw`) a new one to keep in `save`.
+def resolve_run_id(
+    config: ResiliencyConfig, kept: str | None, *, draw: Callable[[int], str] | None, env: Mapping[str, str]
+) -> str:
+    """The run's name: given, kept in `save`, Slurm's job, the launcher's job, or a new one to keep in `save`.
+
+    `draw`: draws a name of so many random bytes, where a new one can be kept.
+
 
     ConfigError if none of these gives one: without a name a restart could not find its own saves.
     """
     given = config.run_id or kept or (None if draw else launcher_id(env))
-    if given is None and draw:
-        given = os.urandom(8).hex()
+    if given is None and draw is not None:
+        given = draw(8)
     if given is None or not is_name(given):
         raise ConfigError(
             "run_id: this run has no name that a restart would know"

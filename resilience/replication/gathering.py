@@ -17,6 +17,7 @@ from resilience.planning.retrieval import Fetch, LocalCopy, RetrievalPlan
 from resilience.planning.topology import Topology
 from resilience.replication.communicator import Communicator
 from resilience.replication.retrieval import Fetched, run_fetches
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.loader import OpenShard, open_shard
 from resilience.stores.keeper import ShardKeeper
@@ -37,7 +38,9 @@ class ShardGatherer:
         keeper: ShardKeeper,
         topology: Topology,
         tell: Callable[..., None],
+        threads: Threads = SYSTEM_THREADS,
     ) -> None:
+        self._threads = threads
         self._job = job
         self._communicator = communicator
         self._stores = tuple(stores)
@@ -65,6 +68,7 @@ class ShardGatherer:
             land=lambda fetch: self._keeper.slot(fetch.owner, fetch.nbytes, reserved=False),
             reserve=self._keeper.reserve_room,
             meanwhile=lambda: strikes.extend(self._verify_share(save, plan)),
+            threads=self._threads,
         )
         problem: OSError | None = None
         for got in arrived:

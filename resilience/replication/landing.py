@@ -7,11 +7,10 @@ arrive.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Sequence
 
 from resilience.planning.retrieval import Fetch
+from resilience.runtime.threads import SYSTEM_THREADS, Mailbox, Threads
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import segments
 
@@ -26,24 +25,28 @@ _Segment = tuple[Arena, int, int, bool]  # from where to where, and whether its 
 class Landing:
     """The buffers of `fetches`, in their order. Used by one thread; `close` ends it, whatever happened."""
 
-    def __init__(self, fetches: Sequence[Fetch], land: Callable[[Fetch], Arena], reserve: Reserve) -> None:
+    def __init__(
+        self,
+        fetches: Sequence[Fetch],
+        land: Callable[[Fetch], Arena],
+        reserve: Reserve,
+        threads: Threads = SYSTEM_THREADS,
+    ) -> None:
         self._fetches = tuple(fetches)
         self._land = land
         self._reserve = reserve
         self._closed = False
-        self._roomy: queue.SimpleQueue[_Segment | Exception] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[Arena | Exception] = queue.SimpleQueue()
+        self._roomy: Mailbox = threads.mailbox()  # of _Segment, or of what went wrong
+        self._ready: Mailbox = threads.mailbox()  # of Arena, or of what went wrong
         steps = (self._make_room, self._map_pages) if fetches else ()
-        self._threads = [threading.Thread(target=step, name="resilience-landing", daemon=True) for step in steps]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [threads.spawn("resilience-landing", step) for step in steps]
 
     def next(self) -> Arena:
         """The buffer of which one more segment is ready: once for each segment of each fetch, in order.
 
         Raises what kept it from being made (StoreError).
         """
-        ready = self._ready.get()  # there comes one for each segment, or what went wrong
+        ready: Arena | Exception = self._ready.get()  # there comes one for each segment, or what went wrong
         if isinstance(ready, Exception):
             raise ready
         return ready
@@ -71,7 +74,7 @@ class Landing:
     def _map_pages(self) -> None:
         try:
             for _ in (segment for fetch in self._fetches for segment in segments(fetch.nbytes)):
-                roomy = self._roomy.get()
+                roomy: _Segment | Exception = self._roomy.get()
                 if isinstance(roomy, Exception):
                     raise roomy
                 arena, start, stop, fresh = roomy

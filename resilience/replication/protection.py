@@ -7,7 +7,6 @@ elected.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,6 +16,7 @@ from resilience.planning.control import SlotReport
 from resilience.planning.inventory import SaveId
 from resilience.replication.clique import CliqueExchange, ExchangeBrokenError, Inbox, Offer
 from resilience.replication.communicator import Agreements
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.equality import Sample
 from resilience.stores.digest import SegmentedDigest, segments
@@ -45,8 +45,8 @@ class SaveJob:
 class Board:
     """How far each outstanding save has come on this rank; written by the lanes, read at boundaries."""
 
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
+    def __init__(self, threads: Threads = SYSTEM_THREADS) -> None:
+        self._guard = threads.condition()
         self._reports: dict[SaveId, SlotReport] = {}
         self._errors: dict[SaveId, str] = {}
 

@@ -18,6 +18,7 @@ from resilience.errors import CorruptCopyError, PeerLostError
 from resilience.planning.retrieval import Fetch
 from resilience.replication.communicator import Communicator, Links, Transfer
 from resilience.replication.landing import Landing, Reserve
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import SegmentedDigest, segments
 
@@ -58,6 +59,7 @@ def run_fetches(
     land: Callable[[Fetch], Arena],
     reserve: Reserve,
     meanwhile: Callable[[], None],
+    threads: Threads = SYSTEM_THREADS,
 ) -> list[Fetched]:
     """Carry out the fetches that concern this rank. Called by every rank with the same list; pairs work in parallel.
 
@@ -66,7 +68,7 @@ def run_fetches(
     if a peer died, StoreError if there is no room.
     """
     incoming = [fetch for fetch in fetches if fetch.to_rank == communicator.rank]
-    landing = Landing(incoming, land, reserve)
+    landing = Landing(incoming, land, reserve, threads)
     ways: dict[int, _Way] = {}
     failed = True
     try:

@@ -7,9 +7,9 @@ thread that is stuck in a transfer must not hang the interpreter's exit, and lea
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable
+
+from resilience.runtime.threads import SYSTEM_THREADS, Mailbox, Threads
 
 __all__ = ["Lane"]
 
@@ -17,17 +17,18 @@ __all__ = ["Lane"]
 class Lane:
     """A named background thread that runs what is submitted, one after the other."""
 
-    def __init__(self, name: str, on_error: Callable[[str, Exception], None]) -> None:
+    def __init__(
+        self, name: str, on_error: Callable[[str, Exception], None], threads: Threads = SYSTEM_THREADS
+    ) -> None:
         self._name = name
         self._on_error = on_error
-        self._tasks: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
-        self._idle = threading.Condition()
+        self._tasks: Mailbox = threads.mailbox()  # of (what, task), or None at the end
+        self._idle = threads.condition()
         self._unfinished = 0
         self._closing = False
         self.finished = 0  # tasks that are over
         self.running = ""  # what the lane is doing
-        self._thread = threading.Thread(target=self._run, name=f"resilience-{name}", daemon=True)
-        self._thread.start()
+        self._thread = threads.spawn(f"resilience-{name}", self._run)
 
     def submit(self, what: str, task: Callable[[], None]) -> None:
         """Queue `task`. Never blocks; the agreed number of saves in the making bounds the queue."""
@@ -38,7 +39,7 @@ class Lane:
     def wait(self, bound_s: float) -> bool:
         """Until all that was submitted is done, at most `bound_s`; whether it is."""
         with self._idle:
-            return self._idle.wait_for(lambda: self._unfinished == 0, timeout=bound_s)
+            return bool(self._idle.wait_for(lambda: self._unfinished == 0, timeout=bound_s))
 
     def close(self, bound_s: float, *, drop: bool = False) -> bool:
         """End the thread: after what is queued, or (`drop`) after the running task. False if it did not end in time."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.runtime.worker import Lane
 
 __all__ = ["CLOSE_BOUND_S", "Lanes"]
@@ -27,17 +27,17 @@ _IN_GLOO = (
 class Lanes:
     """`protect`: saves on nodes. `drain`: to shared storage. `tidy`: certificates, deletions. `reserve`: buffers."""
 
-    def __init__(self, tell: Callable[..., None]) -> None:
+    def __init__(self, tell: Callable[..., None], threads: Threads = SYSTEM_THREADS) -> None:
         self._tell = tell
-        self.protect = Lane("protect", self._failed)
-        self.drain = Lane("drain", self._failed)
-        self.tidy = Lane("tidy", self._failed)
-        self.reserve = Lane("reserve", self._failed)
+        self.protect = Lane("protect", self._failed, threads)
+        self.drain = Lane("drain", self._failed, threads)
+        self.tidy = Lane("tidy", self._failed, threads)
+        self.reserve = Lane("reserve", self._failed, threads)
         self._all = (self.protect, self.drain, self.tidy, self.reserve)
         self.give_up: Callable[[], None] = lambda: None  # called before the lanes are to end
         self._ended = False
         self.exit_status = 0  # with which the process is to end, should a thread be stuck then
-        atexit.register(self._at_exit)
+        threads.at_exit(self._at_exit)
 
     def wait_idle(self, bound_s: float) -> None:
         for lane in self._all:

@@ -66,7 +66,7 @@ class Saving:
         self._clock = clock
         self._fs = fs
         self.tell = tell
-        self.board = Board()
+        self.board = Board(start.threads)
         job, communicator = start.job, start.communicator
         members = job.data_parallel()
         name = f"{members[0]}-{len(members)}"
@@ -77,7 +77,7 @@ class Saving:
         self._replan = True
         self._budgeted = False
         self._turn = 0
-        self.lanes = lanes = Lanes(tell)
+        self.lanes = lanes = Lanes(tell, start.threads)
         self.afterwards = Afterwards(start, log, lanes, fs, tell)
         self._groups: list[Agreements] = [self._plan_groups.own]
         if self._plan_groups.leaders is not None:

@@ -21,9 +21,10 @@ from typing import Protocol
 
 from resilience.errors import CorruptCopyError, StoreError, UnsafePathError
 from resilience.stores import pages
+from resilience.stores.lock import DirectoryLock
 from resilience.stores.mapped_file import MappedFile
 
-__all__ = ["FileStat", "FileSystem", "MappedFile", "PosixFileSystem"]
+__all__ = ["FileStat", "FileSystem", "Lock", "MappedFile", "PosixFileSystem"]
 
 #: Prefix of every file or folder that is not yet what its name will say; swept by the owner's next start.
 TEMPORARY_PREFIX = ".tmp-"
@@ -44,6 +45,16 @@ class FileStat:
     uid: int
     inode: int
     open_to_others: bool = False  # a directory in which somebody else may rename and remove what is ours
+
+
+class Lock(Protocol):
+    """A claim on a directory; see `DirectoryLock`."""
+
+    def acquire(self) -> None:
+        """Now; AnotherJobError if a live process holds it."""
+        ...
+
+    def release(self) -> None: ...
 
 
 class FileSystem(Protocol):
@@ -69,6 +80,7 @@ class FileSystem(Protocol):
     def is_memory_backed(self, path: Path) -> bool: ...
     def free_bytes(self, path: Path) -> int: ...
     def is_network(self, path: Path) -> bool: ...
+    def lock(self, directory: Path, local_rank: int) -> Lock: ...
 
 
 class PosixFileSystem:
@@ -294,6 +306,10 @@ class PosixFileSystem:
 
     def is_network(self, path: Path) -> bool:
         return _filesystem_type(path) in {"nfs", "nfs4", "lustre", "cifs", "gpfs", "beegfs", "ceph", "fuse.sshfs"}
+
+    def lock(self, directory: Path, local_rank: int) -> Lock:
+        """The directory's lock for one rank of the node, or for `ALL_RANKS`; not yet taken."""
+        return DirectoryLock(directory, local_rank)
 
     def free_bytes(self, path: Path) -> int:
         """Bytes that an unprivileged process may still write below `path`."""

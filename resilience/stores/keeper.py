@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from resilience.errors import ResilienceError, SaveFailedError, StoreError
 from resilience.planning.inventory import Role, SaveId
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.stores.filesystem import FileSystem, MappedFile, no_space
 from resilience.stores.node_store import NodeStore
@@ -31,7 +31,14 @@ class ShardKeeper:
     """One per rank. The training thread takes arenas; the background worker commits and deletes."""
 
     def __init__(
-        self, store: NodeStore, arena_dir: Path, fs: FileSystem, rank: int, world_size: int, now: Callable[[], float]
+        self,
+        store: NodeStore,
+        arena_dir: Path,
+        fs: FileSystem,
+        rank: int,
+        world_size: int,
+        now: Callable[[], float],
+        threads: Threads = SYSTEM_THREADS,
     ) -> None:
         self.store = store
         self.arena_dir = arena_dir
@@ -40,7 +47,7 @@ class ShardKeeper:
         self._world_size = world_size
         self._now = now
         self.file_is_arena = store.memory_backed
-        self._changed = threading.Condition()
+        self._changed = threads.condition()
         self._buffers: dict[int, set[Arena]] = {}  # all that are mapped, by the owner whose shards they have held
         self._free: dict[int, list[Arena]] = {}  # those of them that wait for the next shard
         self._making: dict[int, int] = {}  # how many more are being made

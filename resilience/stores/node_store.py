@@ -25,7 +25,7 @@ from resilience.errors import AnotherJobError, CorruptCopyError, ResilienceError
 from resilience.planning.inventory import AttemptLog, Inventory, NodeSave, SaveId, Tier
 from resilience.stores.digest import segments
 from resilience.stores.filesystem import TEMPORARY_PREFIX, FileSystem
-from resilience.stores.lock import ALL_RANKS, DirectoryLock
+from resilience.stores.lock import ALL_RANKS
 from resilience.stores.records import (
     ShardRecord,
     decode_attempt_log,
@@ -296,7 +296,7 @@ class NodeStore:
         """
         removed = self._sweep(self.root, keep)
         for root in list(self._roots())[1:]:
-            lock = DirectoryLock(root, ALL_RANKS)
+            lock = self.fs.lock(root, ALL_RANKS)
             try:
                 lock.acquire()
             except (AnotherJobError, UnsafePathError):
@@ -366,7 +366,7 @@ class NodeStore:
         """In a directory beside ours only under its lock, which a live job holds."""
         if not folders:
             return
-        lock = None if root == self.root else DirectoryLock(root, ALL_RANKS)
+        lock = None if root == self.root else self.fs.lock(root, ALL_RANKS)
         try:
             if lock is not None:
                 lock.acquire()
