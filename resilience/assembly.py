@@ -7,6 +7,7 @@ events.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from resilience.config import CheckpointConfig, ResiliencyConfig
-from resilience.errors import AnotherJobError, ConfigError, ResilienceError
+from resilience.errors import AnotherJobError, ConfigError, ResilienceError, error_like
 from resilience.formats.registry import foreign_problem
 from resilience.job import Job, join_job, resolve_run_id, start_id
 from resilience.planning.decision import ElectionPolicy
@@ -166,18 +167,19 @@ def _loading_peers(communicator: Communicator, setup: Agreements, job: Job, plac
 
 
 def agree_all(setup: Agreements, step: Callable[[], None]) -> None:
-    """Run `step` on every rank; if it raised on one, all raise: their own error, or that another rank has one."""
+    """Run `step` on every rank; if it raised on one, all raise: their own error, or one of that kind that names it."""
     problem: Exception | None = None
     try:
         step()
     except (ResilienceError, OSError) as error:
         problem = error
-    told = [payload.decode() for payload in setup.gather(str(problem or "")[:2000].encode())]
+    mine = json.dumps(None if problem is None else [type(problem).__name__, str(problem)[:2000]])
+    told = [json.loads(payload) for payload in setup.gather(mine.encode())]
     if problem is not None:
         raise problem
-    for rank, message in enumerate(told):
-        if message:
-            raise ResilienceError(f"rank {rank} could not start: {message}")
+    for rank, failed in enumerate(told):
+        if failed is not None:
+            raise error_like(failed[0], f"rank {rank} could not start: {failed[1]}")
 
 
 def memory_directory(

@@ -31,6 +31,7 @@ from resilience.requests import take_request
 from resilience.runtime.clock import Clock, SystemClock
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.saving import Saving
+from resilience.saving.lanes import CLOSE_BOUND_S
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
@@ -240,9 +241,11 @@ class ResiliencyController:
         Raises SaveStuckError on all ranks once nothing has moved for longer than any peer is waited for: a dozen times
         `exchange_timeout_s`.
         """
-        stuck = self._running()[1].settle()
+        saving, ledger = self._running()
+        stuck = ledger.settle()
         if stuck:
             raise SaveStuckError(stuck, advice="Raise exchange_timeout_s if storage or network are that slow.")
+        saving.lanes.tidy.wait(CLOSE_BOUND_S)  # certificates and the attempt log tell of them too, for `outcome`
 
     def finish(self) -> None:
         """The loop completed: settle, note it, and free node memory as configured. Collective."""

@@ -127,6 +127,13 @@ class CommandError(ResilienceError, RuntimeError):
         self.status = status
 
 
+def error_like(kind: str, message: str) -> ResilienceError:
+    """What another rank raised, told by its class's name: of the same class here, so that all ranks raise alike."""
+    known = globals().get(kind)
+    made = known if isinstance(known, type) and issubclass(known, ResilienceError) else ResilienceError
+    return made(message)
+
+
 class MissingCheckpointExit(SystemExit):
     """Nothing to load and `exit_on_missing_checkpoint=True`; exit status 1."""
 

@@ -154,7 +154,7 @@ class Ledger:
             helps = self._saving.deletion_makes_room(self.book)
             doomed = self.book.deletions(self._resiliency.keep_last, need_one=True) if helps else ()
             if not doomed:
-                return "all arenas hold saves that must not be deleted"
+                return "all arenas hold saves that are in the making or must not be deleted"
             self.delete(doomed)
         return ""
 

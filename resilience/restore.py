@@ -150,8 +150,7 @@ class Restorer:
     def _raise_refusal(self, answer: bytes) -> None:
         refused = json.loads(answer).get("refused")
         if refused is not None:
-            kind = getattr(errors, refused[0], ResilienceError)
-            raise kind(refused[1])
+            raise errors.error_like(*refused)
 
     def _try(
         self, plan: Plan, state: TrainingState, round_number: int, struck_before: Collection[Strike]
