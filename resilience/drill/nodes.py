@@ -61,6 +61,10 @@ class VirtualNodes:
             self._nodes[index] = VirtualNode(index, home, memory, home / "disk")
         return self._nodes[index]
 
+    def directories(self) -> list[Path]:
+        """Memory and disk of every node that there has been."""
+        return [directory for node in self._nodes.values() for directory in (node.memory, node.disk)]
+
     def wipe(self, index: int, *, memory: bool, disk: bool) -> None:
         """Empty the node's directories, as a machine that is gone for good or was switched off."""
         node = self.node(index)
