@@ -87,7 +87,8 @@ def run_soak(
         except DrillFailed as failure:
             done.failure = done.failure or failure
     result = _result(plan, done, reference, stage.wall_s, report)
-    flatness = judge(sampler.processes, sampler.directories)
+    settled_at = (plan.resiliency.keep_persistent or 0) * (plan.scenario.persist_every or 0) + plan.scenario.save_every
+    flatness = judge(sampler.processes, sampler.directories, settled_at)
     soaked = SoakResult.of(
         plan.scenario, result.faults, flatness, minutes=soak.minutes, seed=soak.seed, attempts=done.attempts
     )

@@ -14,6 +14,7 @@ from typing import Any
 __all__ = ["DirectorySample", "Flatness", "ProcessSample", "judge"]
 
 _SHARE = 0.1
+_SHARE_KEPT = 0.25  # what an attempt leaves stays until the next one has a save of its own, so that it goes up and down
 _FEWEST = 6  # series, or samples in one, to say anything
 _FEWEST_IN_LIFE = 12
 
@@ -36,6 +37,7 @@ class DirectorySample:
     """All that the job keeps, on nodes and on shared storage, but attempt logs: one small file per start."""
 
     t: float
+    iteration: int
     bytes: int
     files: int
 
@@ -67,8 +69,13 @@ _OF_PROCESSES: tuple[tuple[str, Callable[[ProcessSample], float], float], ...] =
 )
 
 
-def judge(processes: Sequence[ProcessSample], directories: Sequence[DirectorySample]) -> tuple[Flatness, ...]:
-    """Memory, descriptors and threads over all attempts and within the life of a process; bytes and files kept."""
+def judge(
+    processes: Sequence[ProcessSample], directories: Sequence[DirectorySample], settled_at: int = 0
+) -> tuple[Flatness, ...]:
+    """Memory, descriptors and threads over all attempts and within the life of a process; bytes and files kept.
+
+    `settled_at`: the iteration from which on there are as many saves as are to be kept.
+    """
     lives: dict[int, list[ProcessSample]] = {}
     for sample in processes:
         lives.setdefault(sample.pid, []).append(sample)
@@ -76,11 +83,11 @@ def judge(processes: Sequence[ProcessSample], directories: Sequence[DirectorySam
     found = []
     for what, of, slack in _OF_PROCESSES:
         ends = [median(map(of, life[len(life) // 2 :])) for life in grown_up]
-        found.append(_compare(f"{what} of a process, over attempts", ends, slack))
+        found.append(_compare(f"{what} of a process, over attempts", ends, _SHARE, slack))
         found.append(_within(f"{what} within a process's life", grown_up, of, slack))
-    settled = directories[len(directories) // 4 :]  # until then the saves to keep are made
-    found.append(_compare("bytes kept by the job", [each.bytes for each in settled], 2 << 20))
-    found.append(_compare("files kept by the job", [each.files for each in settled], 8))
+    settled = [each for each in directories if each.iteration >= settled_at]
+    found.append(_compare("bytes kept by the job", [each.bytes for each in settled], _SHARE_KEPT, 2 << 20))
+    found.append(_compare("files kept by the job", [each.files for each in settled], _SHARE_KEPT, 8))
     return tuple(found)
 
 
@@ -97,17 +104,17 @@ def _within(
         return Flatness(what, 0, 0.0, 0.0, slack, None)
     first = median(before for before, _ in pairs)
     last = first + median(after - before for before, after in pairs)
-    return _judged(what, len(pairs), first, last, slack)
+    return _judged(what, len(pairs), first, last, _SHARE * first + slack)
 
 
-def _compare(what: str, values: Sequence[float], slack: float) -> Flatness:
+def _compare(what: str, values: Sequence[float], share: float, slack: float) -> Flatness:
     """The median of the last third of a series against that of the first."""
     if len(values) < _FEWEST:
         return Flatness(what, len(values), 0.0, 0.0, slack, None)
     third = len(values) // 3
-    return _judged(what, len(values), median(values[:third]), median(values[-third:]), slack)
+    first = median(values[:third])
+    return _judged(what, len(values), first, median(values[-third:]), share * first + slack)
 
 
-def _judged(what: str, samples: int, first: float, last: float, slack: float) -> Flatness:
-    allowed = _SHARE * first + slack
+def _judged(what: str, samples: int, first: float, last: float, allowed: float) -> Flatness:
     return Flatness(what, samples, first, last, allowed, last - first <= allowed)

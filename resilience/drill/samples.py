@@ -36,6 +36,7 @@ class Sampler:
         self._processes_every_s = max(processes_every_s, seconds / 10_000)  # so that an hour, or a week, is bounded too
         self._directories_every_s = max(directories_every_s, seconds / 2_000)
         self._processes_at = self._directories_at = clock.now()
+        self._iteration = 0
         self.processes: list[ProcessSample] = []
         self.directories: list[DirectorySample] = []
 
@@ -47,7 +48,8 @@ class Sampler:
             self.processes += [sample for sample in found if sample is not None]
         if now >= self._directories_at:
             self._directories_at = now + self._directories_every_s
-            self.directories.append(_kept(now, self._directories_of()))
+            self._iteration = max(self._iteration, *(state.iteration for state in ranks.values()), 0)
+            self.directories.append(_kept(now, self._iteration, self._directories_of()))
 
     def over(self) -> bool:
         return self._clock.now() >= self._until
@@ -69,7 +71,7 @@ def _process(now: float, rank: int, state: RankProgress) -> ProcessSample | None
     return ProcessSample(now, rank, state.pid, state.iteration, memory, descriptors, int(fields["Threads"]))
 
 
-def _kept(now: float, directories: Iterable[Path]) -> DirectorySample:
+def _kept(now: float, iteration: int, directories: Iterable[Path]) -> DirectorySample:
     total = files = 0
     for directory in directories:
         for place, folders, names in os.walk(directory):
@@ -81,4 +83,4 @@ def _kept(now: float, directories: Iterable[Path]) -> DirectorySample:
                 except OSError:
                     continue  # deleted meanwhile
                 files += 1
-    return DirectorySample(now, total, files)
+    return DirectorySample(now, iteration, total, files)

@@ -90,7 +90,7 @@ MB = 1 << 20
 
 def test_a_job_that_takes_the_same_again_and_again_is_flat() -> None:
     processes = [sample for pid in range(12) for sample in life(pid, 30.0 * pid, 200 * MB + pid % 3 * MB)]
-    directories = [DirectorySample(t, 100 * MB + t % 5 * MB, 40 + t % 3) for t in range(60)]
+    directories = [DirectorySample(t, t, 100 * MB + t % 5 * MB, 40 + t % 3) for t in range(60)]
     assert set(verdicts(processes, directories).values()) == {True}
 
 
@@ -112,14 +112,22 @@ def test_descriptors_that_are_not_given_back_are_growth() -> None:
 
 
 def test_files_that_pile_up_are_growth() -> None:
-    directories = [DirectorySample(t, 100 * MB, 40 + t) for t in range(60)]
+    directories = [DirectorySample(t, t, 100 * MB, 40 + t) for t in range(60)]
     found = verdicts([], directories)
     assert found["files kept by the job"] is False
     assert found["bytes kept by the job"] is True
 
 
+def test_what_is_kept_grows_until_there_are_as_many_saves_as_wished_and_that_is_no_growth() -> None:
+    directories = [DirectorySample(t, t, min(t, 20) * 10 * MB, 40) for t in range(80)]
+    judged = {each.what: each for each in judge([], directories, settled_at=20)}
+    assert judged["bytes kept by the job"].flat is True
+    assert judged["bytes kept by the job"].samples == 60
+    assert verdicts([], directories)["bytes kept by the job"] is False
+
+
 def test_of_too_few_samples_nothing_is_said() -> None:
-    assert set(verdicts(life(1, 0.0, MB, samples=2), [DirectorySample(0, 1, 1)]).values()) == {None}
+    assert set(verdicts(life(1, 0.0, MB, samples=2), [DirectorySample(0, 0, 1, 1)]).values()) == {None}
 
 
 def test_a_fault_that_cost_more_than_one_interval_fails_the_soak() -> None:
