@@ -98,7 +98,7 @@ def _show_soak(soak: dict[str, Any], console: Console) -> None:
     from resilience.cli_tables import say, table
 
     say(console, f"soak          {plural(soak['iterations'], 'iteration')} in {plural(soak['attempts'], 'attempt')}, "
-                 f"at most {soak['most_lost_iterations']} lost at once ({soak['allowed_loss']} allowed)")  # fmt: skip
+                 f"at most {soak['most_lost_iterations']} lost by a fault")  # fmt: skip
     columns = ("does it grow?", "samples", "at first", "at last", "allowed", "flat")
     words = {True: "yes", False: "NO", None: "too few samples"}
     rows = [

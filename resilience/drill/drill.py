@@ -10,7 +10,7 @@ from resilience.drill import workdir
 from resilience.drill.agents import Agents
 from resilience.drill.environment import Plan, check_settings
 from resilience.drill.flatness import judge
-from resilience.drill.nodes import VirtualNodes
+from resilience.drill.nodes import VirtualNodes, may_mount
 from resilience.drill.orchestrate import DrillFailed, Explain, Orchestrator, Rehearsed, Watch
 from resilience.drill.reference import reference_run
 from resilience.drill.result import (
@@ -71,11 +71,14 @@ def run_soak(
     """
     config = plan.resiliency
     keep = config if config.keep_persistent is not None else replace(config, keep_persistent=_CHECKPOINTS_KEPT)
-    endless = soak_scenario(plan.scenario, soak.seed, soak.minutes)
+    mounts = may_mount() and plan.scenario.save_type != "global"
+    endless = soak_scenario(plan.scenario, soak.seed, soak.minutes, mounts=mounts)
     stage = _Stage(replace(plan, scenario=endless, resiliency=keep), story, soak.minutes * 60)
     plan, reference, done = stage.plan, None, Rehearsed()
     sampler = Sampler(stage.clock, soak.minutes * 60, stage.kept_by_the_job)
     with stage:
+        for index in range(endless.nodes + endless.spares) if mounts else ():
+            stage.nodes.give_own_mount(index, endless.saves_live_on, range(endless.nodes + endless.spares))
         orchestrator = stage.orchestrator(plan, explain, sampler)
         done = orchestrator.run()
         plan = replace(plan, scenario=cut_short(endless, len(done.records), done.reached))
@@ -92,7 +95,8 @@ def run_soak(
     soaked = SoakResult.of(
         plan.scenario, result.faults, flatness, minutes=soak.minutes, seed=soak.seed, attempts=done.attempts
     )
-    problems = [*result.problems, *problems_of_soak(soaked, result.faults)]
+    problems = [*result.problems, *problems_of_soak(soaked, plan.scenario, result.faults)]
+    sampler.write(plan.workdir / "samples.jsonl")
     return stage.verdict(plan, done, replace(result, problems=problems, passed=not problems)), soaked
 
 

@@ -111,6 +111,7 @@ class Orchestrator:
         self._tail = EventTail(plan.events_dir)
         self._progress = JobProgress()
         self._told_iteration = 0
+        self._full: dict[int, int] = {}  # nodes whose mounts are full, and since which iteration
         self._logs: list[Path] = []
         self._losses = LossTail([])
         self._loss = ""
@@ -184,6 +185,7 @@ class Orchestrator:
         """Follow one attempt until training finished, a strike ended the attempt, or the watch says it is over."""
         while True:
             self._follow()
+            self._relieve()
             if self._watch is not None:
                 self._watch.look(self._progress.ranks)
                 if self._watch.over():
@@ -294,6 +296,7 @@ class Orchestrator:
             self._agents.kill_node(f"node{fault.index}")
         elif fault.kind == "full":
             self._nodes.fill(fault.index, self._plan.scenario.saves_live_on)
+            self._full[fault.index] = fault.iteration
 
     def _spoil(self, fault: Fault) -> None:
         """What happens to what the node holds, once its processes are gone."""
@@ -314,6 +317,15 @@ class Orchestrator:
                     f"{'bytes flipped in' if fault.kind == 'corrupt' else 'cut in half:'} the {copy.role} copy of "
                     f"rank {copy.owner}'s iteration {copy.iteration} on {node.node_id}",
                 )
+
+    def _relieve(self) -> None:
+        """Where nodes are repaired: room again on what has been full for two intervals."""
+        scenario = self._plan.scenario
+        for index, at_iteration in list(self._full.items()):
+            if scenario.repaired and self._progress.iteration >= at_iteration + 2 * scenario.save_every:
+                del self._full[index]
+                self._nodes.relieve(index, scenario.saves_live_on)
+                self._story.tell("drill", f"the mount that holds node{index}'s saves has room again")
 
     def _predict(self, strike: Strike) -> tuple[bool, Decision | None]:
         if self._explain is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from resilience.drill.flatness import DirectorySample, ProcessSample
+from resilience.drill.nodes import BALLAST
 from resilience.drill.progress import RankProgress
 from resilience.runtime.clock import Clock
 
@@ -51,6 +53,12 @@ class Sampler:
             self._iteration = max(self._iteration, *(state.iteration for state in ranks.values()), 0)
             self.directories.append(_kept(now, self._iteration, self._directories_of()))
 
+    def write(self, path: Path) -> None:
+        """All samples as JSON Lines, for whoever wants to plot them."""
+        with path.open("w", encoding="ascii") as stream:
+            for sample in (*self.processes, *self.directories):
+                stream.write(json.dumps(vars(sample)) + "\n")
+
     def over(self) -> bool:
         return self._clock.now() >= self._until
 
@@ -78,6 +86,8 @@ def _kept(now: float, iteration: int, directories: Iterable[Path]) -> DirectoryS
             if _ATTEMPTS in folders:
                 folders.remove(_ATTEMPTS)
             for name in names:
+                if name == BALLAST:
+                    continue  # the drill's own
                 try:
                     total += os.lstat(os.path.join(place, name)).st_blocks * 512
                 except OSError:

@@ -133,7 +133,8 @@ class Scenario:
     replication_jump: int | None = None
     replication_factor: int = 2
     redundancy: str | None = None
-    repaired: bool = False  # a lost node comes back, empty, as the last spare
+    #: A lost node comes back, empty, as the last spare; a full mount has room again after two intervals.
+    repaired: bool = False
     strikes: tuple[Strike, ...] = field(init=False)
 
     def __post_init__(self) -> None:
