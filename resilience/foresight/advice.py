@@ -15,7 +15,7 @@ from typing import Literal
 from resilience.errors import ConfigError
 from resilience.foresight.costs import Bandwidths, durations_of
 from resilience.foresight.exposure import Exposure, exposure_of
-from resilience.foresight.job import PARITIES, Redundancy
+from resilience.foresight.job import Redundancy
 from resilience.foresight.simulation import Durations
 from resilience.planning.cadence import best_interval, expected_goodput
 from resilience.planning.memory import MemoryBudget, budget
@@ -144,7 +144,7 @@ def _option(
         save_s=stall_s, step_s=question.step_s, mtbf_s=question.mtbf_s, shortest_steps=_steps(takes.protect_s, question)
     )
     node_of = [rank // question.ranks_per_node for rank in range(question.ranks)]
-    exposure = exposure_of(topology, node_of, PARITIES.get(redundancy)) if scheme else None
+    exposure = exposure_of(topology, node_of, scheme) if scheme else None
     domains = question.nodes if not racks_apart else -(-question.nodes // question.nodes_per_rack)
     risk = {lost: loss_probability(domains, max(1, factor), survives, lost) for lost in (1, 2, 3) if lost <= domains}
     beyond = _to_shared_storage(question, exposure, risk, takes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from resilience.planning.schemes import Replicas, Scheme
 from resilience.planning.topology import Topology
 
 __all__ = ["Exposure", "exposure_of"]
@@ -26,20 +27,20 @@ class Exposure:
         return all(len(nodes & gone) <= tolerated for node in gone for nodes, tolerated in self.groups[node])
 
 
-def exposure_of(topology: Topology, node_of: Sequence[int], parity: int | None = None) -> Exposure:
+def exposure_of(topology: Topology, node_of: Sequence[int], scheme: Scheme) -> Exposure:
     """`node_of` each rank. With replicas a shard is lost with all its holders' nodes.
 
-    With `parity` (1 for xor, 2 for rs) it is lost when a clique loses more nodes than that.
+    With parity it is lost when a clique loses more nodes than the scheme survives.
     """
     found: set[tuple[frozenset[int], int]] = set()
-    if parity is None:
+    if isinstance(scheme, Replicas):
         for rank, holders in enumerate(topology.holders):
             nodes = frozenset(node_of[each] for each in (rank, *holders))
             found.add((nodes, len(nodes) - 1))
     else:
         for clique in topology.cliques:
             nodes = frozenset(node_of[rank] for rank in clique)
-            found.add((nodes, min(parity, len(nodes) - 1)))
+            found.add((nodes, min(scheme.losses(len(nodes)), len(nodes) - 1)))
     groups: list[list[tuple[frozenset[int], int]]] = [[] for _ in range(max(node_of) + 1)]
     for group in sorted(found, key=lambda group: (sorted(group[0]), group[1])):
         for node in group[0]:

@@ -10,12 +10,12 @@ from resilience.errors import ConfigError
 from resilience.foresight.exposure import exposure_of
 from resilience.foresight.simulation import Durations, RunPlan
 from resilience.foresight.timetable import Timetable
+from resilience.planning.schemes import SCHEMES
 from resilience.planning.topology import make_topology
 
-__all__ = ["PARITIES", "Job", "PlannedJob", "Redundancy", "plan_job"]
+__all__ = ["Job", "PlannedJob", "Redundancy", "plan_job"]
 
 Redundancy = Literal["none", "replica", "xor", "rs"]
-PARITIES: dict[str, int] = {"xor": 1, "rs": 2}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def plan_job(job: Job, durations: Durations) -> PlannedJob:
             restart=False,
         )
         notes += topology.notes
-        exposure = exposure_of(topology, node_of, PARITIES.get(job.redundancy))
+        exposure = exposure_of(topology, node_of, SCHEMES[job.redundancy])
     return PlannedJob(RunPlan(table, durations, exposure, job.keep_last), tuple(notes))
 
 

@@ -21,6 +21,7 @@ from resilience.foresight.simulation import Durations, RunPlan, simulate_run
 from resilience.foresight.timetable import Timetable
 from resilience.planning.copies import copy_table, holdings_of
 from resilience.planning.inventory import Inventory, NodeSave, SaveId
+from resilience.planning.schemes import SCHEMES
 from resilience.planning.topology import make_topology
 
 QUIET = FailureModel(64, 3600, process_share=1.0)
@@ -62,8 +63,8 @@ def test_no_interval_is_noticeably_better_than_daly_s(mtbf_s: float, stall_s: fl
 def test_a_failure_in_a_burst_costs_less_than_one_that_stands_alone() -> None:
     """Two failures in one interval lose little more than one does."""
     plan = plain(every=200, restart_s=0)
-    evenly = estimate_model(plan, QUIET, runs=200, seed=1)
-    bursts = estimate_model(plan, replace(QUIET, distribution="weibull", shape=0.5), runs=200, seed=1)
+    evenly = estimate_model(plan, QUIET, runs=120, seed=1)
+    bursts = estimate_model(plan, replace(QUIET, distribution="weibull", shape=0.5), runs=120, seed=1)
     assert bursts.lost_steps / bursts.failures < 0.9 * evenly.lost_steps / evenly.failures
 
 
@@ -101,14 +102,14 @@ def histories(draw: st.DrawFn) -> tuple[RunPlan, list[Failure]]:
     )  # fmt: skip
     nodes = 4
     topology = make_topology(nodes, [f"n{i}" for i in range(nodes)], jump=None, factor=2, domains=None, restart=False)
-    exposure = draw(st.sampled_from([None, exposure_of(topology, range(nodes))]))
+    exposure = draw(st.sampled_from([None, exposure_of(topology, range(nodes), SCHEMES["replica"])]))
     times = draw(st.lists(st.integers(1, 300).map(lambda each: each / 4 + 0.125), max_size=8, unique=True))
     lost = st.lists(st.integers(0, nodes - 1), max_size=2, unique=True).map(tuple)
     failures = [Failure(at_s, draw(lost)) for at_s in sorted(times)]
     return RunPlan(table, takes, exposure, keep_last=draw(st.integers(1, 3))), failures
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(histories())
 def test_the_seconds_of_a_run_add_up_and_its_steps_are_kept_or_lost(history: tuple[RunPlan, list[Failure]]) -> None:
     plan, failures = history
@@ -123,7 +124,7 @@ def test_the_seconds_of_a_run_add_up_and_its_steps_are_kept_or_lost(history: tup
     assert run.steps == plan.timetable.steps
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(histories())
 def test_a_run_is_what_a_walk_through_its_every_step_finds(history: tuple[RunPlan, list[Failure]]) -> None:
     plan, failures = history
@@ -213,13 +214,13 @@ def test_what_survives_is_what_the_job_s_own_election_finds_complete(
         inventories.append(Inventory(f"node{node:02d}", (copies,)))
     holdings = holdings_of(inventories, "run", ranks).get(save, ())
     complete = not copy_table(save, holdings, ranks).missing
-    assert exposure_of(topology, node_of).survives(lost) is complete
+    assert exposure_of(topology, node_of, SCHEMES["replica"]).survives(lost) is complete
 
 
 def test_parity_survives_as_many_nodes_of_a_clique_as_it_has_parities() -> None:
     names = [f"node{node}" for node in range(8)]
     topology = make_topology(8, names, jump=1, factor=4, domains=None, restart=False)
-    xor, rs = exposure_of(topology, range(8), 1), exposure_of(topology, range(8), 2)
+    xor, rs = (exposure_of(topology, range(8), SCHEMES[name]) for name in ("xor", "rs"))
     assert [xor.survives(lost) for lost in ({0}, {0, 4}, {0, 1})] == [True, True, False]
     assert [rs.survives(lost) for lost in ({0, 1}, {0, 1, 6, 7}, {0, 1, 2})] == [True, True, False]
 
