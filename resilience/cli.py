@@ -46,6 +46,8 @@ COMMANDS = tuple(
         ("outcome", "resilience.cli_outcome", "tell how a run ended, for job scripts"),
         ("request", "resilience.cli_request", "ask a running job on this node to save or to stop"),
         ("doctor", "resilience.cli_doctor", "check a configuration and this machine before training"),
+        ("advise", "resilience.cli_advise", "propose an interval, a kind of save and a redundancy, and say why"),
+        ("simulate", "resilience.cli_simulate", "tell what failures would cost a run, by simulation and by theory"),
         ("drill", "resilience.cli_drill", "rehearse failures with real processes on virtual nodes"),
         ("report", "resilience.cli_report", "make one self-contained HTML page of a run's events"),
         ("completion", "resilience.cli_completion", "print shell completion for bash or zsh"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import resilience
 from resilience.config import load_config
-from resilience.drill.drill import run_drill
+from resilience.drill.drill import Soak, run_drill, run_soak
 from resilience.drill.environment import Plan
 from resilience.drill.orchestrate import Explain, Sources
-from resilience.drill.result import Decision, DrillResult
+from resilience.drill.result import Decision
 from resilience.drill.scenario import KINDS, SAVE_TYPES, Scenario, parse_fault, random_faults
 from resilience.drill.story import Story
 from resilience.errors import ConfigError
@@ -46,8 +46,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--replication-factor", type=int, metavar="F", help="copies of each rank's save, its own included (default 2)")
     add("--redundancy", choices=("replica", "xor", "rs"), help="default replica")
     add("--fault", action="append", default=[], metavar="SPEC", help=f"repeatable: {kinds}".replace("%", "%%"))
-    add("--random-faults", action="store_true", help="draw faults from --seed, in drill after drill for --minutes")
-    add("--minutes", type=float, metavar="M", help="how long to go on with random faults (default: one drill)")
+    add("--random-faults", action="store_true", help="draw faults from --seed")
+    add("--minutes", type=float, metavar="M", help="a soak: go on with random faults for so long, "
+        "in one run, and judge whether anything grows (default: a drill with three of them)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S", help="of --random-faults (default 0)")
     add("--workdir", type=Path, default=Path("drill-out"), metavar="DIR", help="default drill-out")
     add("--report", type=Path, metavar="F", help="the HTML page (default report.html in the work directory)")
@@ -68,8 +69,10 @@ def run(args: argparse.Namespace, *, explain: Explain | None = predict) -> tuple
     plan = plan_of(args)
     story = Story(sys.stderr)
     with _ended_by_sigterm():
+        if args.minutes is not None:
+            return _soak(args, plan, story, explain)
         if args.random_faults:
-            return _random_drills(args, plan, story, explain)
+            plan = replace(plan, scenario=random_faults(plan.scenario, args.seed))
         story.tell("drill", _headline(plan))
         result = run_drill(plan, story, explain=explain, report=args.report)
     return (0 if result.passed else 1), result.as_json()
@@ -85,8 +88,25 @@ def show(document: dict[str, Any], console: Console) -> None:
     equal = "equal to" if document["bit_identical"] else "not known to be equal to"
     say(console, f"final state   {equal} the undisturbed run's")
     say(console, f"goodput       {100 * document['goodput']:.1f} %")
+    if soak := document.get("soak"):
+        _show_soak(soak, console)
     say(console, f"report        {document['report']}")
     say(console, "passed" if document["passed"] else "failed", "bold green" if document["passed"] else "bold red")
+
+
+def _show_soak(soak: dict[str, Any], console: Console) -> None:
+    from resilience.cli_tables import say, table
+
+    say(console, f"soak          {plural(soak['iterations'], 'iteration')} in {plural(soak['attempts'], 'attempt')}, "
+                 f"at most {soak['most_lost_iterations']} lost by a fault")  # fmt: skip
+    columns = ("does it grow?", "samples", "at first", "at last", "allowed", "flat")
+    words = {True: "yes", False: "NO", None: "too few samples"}
+    rows = [
+        (each["what"], each["samples"], f"{each['first']:,.0f}", f"{each['last']:,.0f}",
+         f"{each['first'] + each['allowed']:,.0f}", words[each["flat"]])
+        for each in soak["samples"]
+    ]  # fmt: skip
+    table(console, columns, rows, right="samples")
 
 
 def _row(fault: dict[str, Any]) -> list[str]:
@@ -120,6 +140,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
     if args.random_faults and args.fault:
         raise ConfigError("--random-faults and --fault do not go together: the faults are drawn, or they are given.")
+    if args.minutes is not None and not (args.random_faults and args.minutes > 0):
+        raise ConfigError(
+            f"--minutes {args.minutes:g}: it is a time above 0, and belongs to --random-faults.",
+            advice="Add --random-faults, or leave --minutes out.",
+        )
     script = tuple(args.script) or (str(example_script()), "--train-iters", str(args.train_iters))
     if not Path(script[0]).is_file():
         raise ConfigError(f"There is no script {script[0]!r}.", advice="Give it after `--`: -- train.py --lr 0.1")
@@ -140,36 +165,24 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _headline(plan: Plan) -> str:
+def _headline(plan: Plan, faults: str = "") -> str:
     scenario = plan.scenario
-    faults = ", ".join(fault.spec for fault in scenario.faults) or "none"
+    length = "" if faults else f"{plural(scenario.train_iters, 'iteration')}, "
+    faults = faults or ", ".join(fault.spec for fault in scenario.faults) or "none"
     return (
         f"{plural(scenario.nodes, 'node')} × {plural(scenario.ranks_per_node, 'rank')}, "
-        f"{plural(scenario.spares, 'spare')}, {plural(scenario.train_iters, 'iteration')}, saves: {scenario.save_type} "
+        f"{plural(scenario.spares, 'spare')}, {length}saves: {scenario.save_type} "
         f"every {scenario.save_every}, persistent every {scenario.persist_every}; faults: {faults}"
     )
 
 
-def _random_drills(
-    args: argparse.Namespace, plan: Plan, story: Story, explain: Explain | None
-) -> tuple[int, dict[str, Any]]:
-    """Drill after drill, each with the faults of the next seed, until the time is up or one fails."""
-    until = time.monotonic() + 60 * (args.minutes or 0)
-    rounds: list[dict[str, Any]] = []
-    result: DrillResult | None = None
-    while result is None or (result.passed and time.monotonic() < until):
-        seed = args.seed + len(rounds)
-        workdir = plan.workdir / f"seed-{seed}"
-        drawn = replace(
-            plan,
-            scenario=random_faults(plan.scenario, seed),
-            workdir=workdir,
-            shared_reference=plan.workdir.resolve() / "reference",
-        )
-        story.tell("drill", f"seed {seed}: {_headline(drawn)}")
-        result = run_drill(drawn, story, explain=explain, report=args.report)
-        rounds.append({"seed": seed, "passed": result.passed, "faults": [fault.spec for fault in result.faults]})
-    return (0 if result.passed else 1), result.as_json() | {"rounds": rounds}
+def _soak(args: argparse.Namespace, plan: Plan, story: Story, explain: Explain | None) -> tuple[int, dict[str, Any]]:
+    """One run with faults drawn from the seed for as long as asked; what it says is the drill's answer and `soak`."""
+    story.tell("drill", _headline(plan, f"drawn from seed {args.seed} for {args.minutes:g} min"))
+    result, soaked = run_soak(plan, Soak(args.minutes, args.seed), story, explain=explain, report=args.report)
+    document = result.as_json() | {"soak": soaked.as_json()}
+    (Path(result.workdir) / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return (0 if result.passed else 1), document
 
 
 @contextmanager

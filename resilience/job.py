@@ -6,11 +6,12 @@ ranks move between restarts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ def join_job(
     """
     node_id = node_identity(config, env)
     domain = config.failure_domain or env.get("RESILIENCE_FAILURE_DOMAIN") or node_id
-    mine = {"node": node_id, "domain": domain, "place": list(layout.shard_coordinate), "settings": settings}
+    _refuse_different_settings(setup, settings)
+    mine = {"node": node_id, "domain": domain, "place": list(layout.shard_coordinate)}
     everyone = [json.loads(payload) for payload in setup.gather(json.dumps(mine).encode())]
-    _refuse_different_settings([each["settings"] for each in everyone])
     domains: dict[str, str] = {}
     for each in everyone:
         known = domains.setdefault(each["node"], each["domain"])
@@ -119,8 +120,17 @@ def join_job(
     )
 
 
-def _refuse_different_settings(everyone: Sequence[Mapping[str, Any]]) -> None:
-    """Ranks that save at other intervals, or elsewhere, would wait for each other for ever."""
+def _refuse_different_settings(setup: Agreements, mine: Mapping[str, Any]) -> None:
+    """Ranks that save at other intervals, or elsewhere, would wait for each other for ever.
+
+    What is compared is a digest: two thousand bytes of settings from each of many thousand ranks are a lot.
+    """
+    word = json.dumps(mine, sort_keys=True).encode()
+    mark = int.from_bytes(hashlib.blake2b(word, digest_size=7).digest(), "big")
+    highest, lowest = setup.maximum([mark, -mark])
+    if highest == -lowest:
+        return
+    everyone = [json.loads(payload) for payload in setup.gather(word)]
     for rank, settings in enumerate(everyone):
         differ = [name for name, value in settings.items() if value != everyone[0].get(name)]
         if differ:
@@ -129,6 +139,7 @@ def _refuse_different_settings(everyone: Sequence[Mapping[str, Any]]) -> None:
                 f"{name} is {everyone[0].get(name)!r} on rank 0 and {settings[name]!r} on rank {rank}.",
                 advice="Start all ranks with the same configuration.",
             )
+    raise ConfigError("ranks have different settings.", advice="Start all ranks with the same configuration.")
 
 
 def node_identity(config: ResiliencyConfig, env: Mapping[str, str]) -> str:

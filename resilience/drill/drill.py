@@ -1,16 +1,17 @@
-"""A whole drill, from an empty directory to a verdict: the function behind `resilience drill`."""
+"""A whole drill, from an empty directory to a verdict: the functions behind `resilience drill`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resilience.drill import workdir
 from resilience.drill.agents import Agents
 from resilience.drill.environment import Plan, check_settings
-from resilience.drill.nodes import VirtualNodes
-from resilience.drill.orchestrate import DrillFailed, Explain, Orchestrator, Rehearsed
+from resilience.drill.flatness import judge
+from resilience.drill.nodes import VirtualNodes, may_mount
+from resilience.drill.orchestrate import DrillFailed, Explain, Orchestrator, Rehearsed, Watch
 from resilience.drill.reference import reference_run
 from resilience.drill.result import (
     DrillResult,
@@ -21,11 +22,23 @@ from resilience.drill.result import (
     stall_per_save,
     unplanned_restarts,
 )
+from resilience.drill.samples import Sampler
+from resilience.drill.soak import SoakResult, cut_short, problems_of_soak, soak_scenario
 from resilience.drill.story import Story
 from resilience.observe.events import EventLog, read_events
 from resilience.observe.report import write_report
 from resilience.observe.timeline import DRILL_RANK
 from resilience.runtime.clock import SystemClock
+
+_CHECKPOINTS_KEPT = 2  # in a soak, where the user's file does not say: all of them would fill the disk
+
+
+@dataclass(frozen=True)
+class Soak:
+    """For how long a soak goes on, and the seed of its faults."""
+
+    minutes: float
+    seed: int
 
 
 def run_drill(plan: Plan, story: Story, *, explain: Explain | None = None, report: Path | None = None) -> DrillResult:
@@ -33,36 +46,104 @@ def run_drill(plan: Plan, story: Story, *, explain: Explain | None = None, repor
 
     Every process it started is gone, and every mount, when it returns or raises.
     """
-    check_settings(plan)
-    plan = replace(plan, workdir=plan.workdir.resolve())
-    workdir.prepare(plan.workdir)
-    agents, nodes, clock = Agents(), VirtualNodes(plan.workdir), SystemClock()
-    log = EventLog(plan.workdir, "drill", DRILL_RANK, clock)
-    began, deadline = clock.wall(), clock.wall() + plan.timeout_s
+    stage = _Stage(plan, story)
+    plan, scenario = stage.plan, plan.scenario
     reference: str | None = None
-    try:
-        for fault in plan.scenario.faults:
+    with stage:
+        for fault in scenario.faults:
             if fault.kind == "full":
-                every_node = range(plan.scenario.nodes + plan.scenario.spares)
-                nodes.give_own_mount(fault.index, plan.scenario.saves_live_on, every_node)
+                every_node = range(scenario.nodes + scenario.spares)
+                stage.nodes.give_own_mount(fault.index, scenario.saves_live_on, every_node)
         try:
-            reference = reference_run(plan, agents, story, deadline).digest
-            done = Orchestrator(plan, nodes, agents, story, explain, deadline, clock, log).run()
+            reference = reference_run(plan, stage.agents, story, stage.deadline).digest
+            done = stage.orchestrator(plan, explain, None).run()
         except DrillFailed as failure:
             done = Rehearsed(failure=failure)
-    finally:
-        agents.end(grace_s=0)
-        nodes.close()
-    result = _result(plan, done, reference, clock.wall() - began, report or plan.workdir / "report.html")
-    kept = ("passed", "bit_identical", "final_digest", "reference_digest", "problems", "train_iters")
-    log.emit("verdict", **{name: getattr(result, name) for name in kept})
-    log.close()
-    write_report([plan.events_dir, plan.workdir / "drill.jsonl"], Path(result.report))
-    _tell_verdict(story, result, done)
-    return result
+    return stage.verdict(plan, done, _result(plan, done, reference, stage.wall_s, report))
 
 
-def _result(plan: Plan, done: Rehearsed, reference: str | None, wall_s: float, report: Path) -> DrillResult:
+def run_soak(
+    plan: Plan, soak: Soak, story: Story, *, explain: Explain | None = None, report: Path | None = None
+) -> tuple[DrillResult, SoakResult]:
+    """Faults drawn from the seed for so many minutes, in one run; then its end, and an undisturbed run to compare with.
+
+    Raises as `run_drill` does. The scenario's own faults and length are not used.
+    """
+    config = plan.resiliency
+    keep = config if config.keep_persistent is not None else replace(config, keep_persistent=_CHECKPOINTS_KEPT)
+    mounts = may_mount() and plan.scenario.save_type != "global"
+    endless = soak_scenario(plan.scenario, soak.seed, soak.minutes, mounts=mounts)
+    stage = _Stage(replace(plan, scenario=endless, resiliency=keep), story, soak.minutes * 60)
+    plan, reference, done = stage.plan, None, Rehearsed()
+    sampler = Sampler(stage.clock, soak.minutes * 60, stage.kept_by_the_job)
+    with stage:
+        for index in range(endless.nodes + endless.spares) if mounts else ():
+            stage.nodes.give_own_mount(index, endless.saves_live_on, range(endless.nodes + endless.spares))
+        orchestrator = stage.orchestrator(plan, explain, sampler)
+        done = orchestrator.run()
+        plan = replace(plan, scenario=cut_short(endless, len(done.records), done.reached))
+        if done.over:
+            story.tell("drill", f"the time is up: a last attempt trains to iteration {plan.scenario.train_iters}")
+            orchestrator.finish(plan, done)
+        try:
+            reference = reference_run(plan, stage.agents, story, stage.deadline).digest
+        except DrillFailed as failure:
+            done.failure = done.failure or failure
+    result = _result(plan, done, reference, stage.wall_s, report)
+    settled_at = (plan.resiliency.keep_persistent or 0) * (plan.scenario.persist_every or 0) + plan.scenario.save_every
+    flatness = judge(sampler.processes, sampler.directories, settled_at)
+    soaked = SoakResult.of(
+        plan.scenario, result.faults, flatness, minutes=soak.minutes, seed=soak.seed, attempts=done.attempts
+    )
+    problems = [*result.problems, *problems_of_soak(soaked, plan.scenario, result.faults)]
+    sampler.write(plan.workdir / "samples.jsonl")
+    return stage.verdict(plan, done, replace(result, problems=problems, passed=not problems)), soaked
+
+
+class _Stage:
+    """What every drill needs around it: directories, processes, clock and log; cleared away at the end."""
+
+    def __init__(self, plan: Plan, story: Story, more_s: float = 0.0) -> None:
+        check_settings(plan)
+        self.plan = replace(plan, workdir=plan.workdir.resolve())
+        workdir.prepare(self.plan.workdir)
+        self.clock, self.agents, self.nodes = SystemClock(), Agents(), VirtualNodes(self.plan.workdir)
+        self._story = story
+        self._log = EventLog(self.plan.workdir, "drill", DRILL_RANK, self.clock)
+        self._began = self.clock.wall()
+        self.deadline = self._began + more_s + plan.timeout_s
+
+    @property
+    def wall_s(self) -> float:
+        return self.clock.wall() - self._began
+
+    def orchestrator(self, plan: Plan, explain: Explain | None, watch: Watch | None) -> Orchestrator:
+        return Orchestrator(
+            plan, self.nodes, self.agents, self._story, explain, self.deadline, self.clock, self._log, watch
+        )
+
+    def kept_by_the_job(self) -> list[Path]:
+        return [*self.nodes.directories(), self.plan.save_dir, *filter(None, [self.plan.global_dir])]
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        self.agents.end(grace_s=0)
+        self.nodes.close()
+
+    def verdict(self, plan: Plan, done: Rehearsed, result: DrillResult) -> DrillResult:
+        """Write the answer down, and tell it."""
+        kept = ("passed", "bit_identical", "final_digest", "reference_digest", "problems", "train_iters")
+        self._log.emit("verdict", **{name: getattr(result, name) for name in kept})
+        self._log.close()
+        (plan.workdir / "result.json").write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_report([plan.events_dir, plan.workdir / "drill.jsonl"], Path(result.report))
+        _tell_verdict(self._story, result, done)
+        return result
+
+
+def _result(plan: Plan, done: Rehearsed, reference: str | None, wall_s: float, report: Path | None) -> DrillResult:
     scenario = plan.scenario
     events = read_events([plan.events_dir, plan.workdir / "drill.jsonl"])
     final = digest_of(events, scenario.train_iters, scenario.world_size)
@@ -70,7 +151,7 @@ def _result(plan: Plan, done: Rehearsed, reference: str | None, wall_s: float, r
     problems = problems_of(scenario, done.records, faults, events, final, reference)
     if done.failure is not None:
         problems = [str(done.failure)]  # the rest follows from it
-    result = DrillResult(
+    return DrillResult(
         passed=not problems,
         nodes=scenario.nodes,
         ranks_per_node=scenario.ranks_per_node,
@@ -86,11 +167,9 @@ def _result(plan: Plan, done: Rehearsed, reference: str | None, wall_s: float, r
         wall_s=round(wall_s, 1),
         problems=problems,
         events=str(plan.events_dir),
-        report=str(report),
+        report=str(report or plan.workdir / "report.html"),
         workdir=str(plan.workdir),
     )
-    (plan.workdir / "result.json").write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
-    return result
 
 
 def _tell_verdict(story: Story, result: DrillResult, done: Rehearsed) -> None:

@@ -21,7 +21,7 @@ from resilience.errors import CommandError
 
 SHARED_MEMORY = Path("/dev/shm")
 _IMAGE_BYTES = 16 << 30
-_BALLAST = "ballast"
+BALLAST = "ballast"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class VirtualNodes:
                 (home / "memory").symlink_to(memory)
             self._nodes[index] = VirtualNode(index, home, memory, home / "disk")
         return self._nodes[index]
+
+    def directories(self) -> list[Path]:
+        """Memory and disk of every node that there has been."""
+        return [directory for node in self._nodes.values() for directory in (node.memory, node.disk)]
 
     def wipe(self, index: int, *, memory: bool, disk: bool) -> None:
         """Empty the node's directories, as a machine that is gone for good or was switched off."""
@@ -120,11 +124,20 @@ class VirtualNodes:
         if failed is not None:
             raise CommandError(f"The mount {directory} could not be filled: {failed}.")
 
+    def relieve(self, index: int, what: Literal["memory", "disk"]) -> None:
+        """Take away what `fill` did."""
+        node = self.node(index)
+        directory = node.memory if what == "memory" else node.disk
+        if (node.home / "disk.img").exists() and what == "disk":
+            (directory / BALLAST).unlink(missing_ok=True)
+        elif failed := _run(["mount", "-o", "remount,size=0", str(directory)]):  # 0: without a limit
+            raise CommandError(f"The mount {directory} could not be given room again: {failed}.")
+
     def close(self) -> None:
         """Unmount, and move what is left in memory to `nodes/<node_id>/memory`."""
         while self._mounted:
             directory = self._mounted.pop()
-            (directory / _BALLAST).unlink(missing_ok=True)
+            (directory / BALLAST).unlink(missing_ok=True)
             keep = directory.with_name(directory.name + "-kept")
             shutil.copytree(directory, keep, symlinks=True, dirs_exist_ok=True)
             _run(["umount", "--lazy", str(directory)])
@@ -142,8 +155,16 @@ class VirtualNodes:
         self._memory_root = None
 
 
+def may_mount() -> bool:
+    """Whether this user may mount file systems here, found out by doing it."""
+    with tempfile.TemporaryDirectory(prefix="resilience-drill-mount-") as place:
+        if _run(["mount", "-t", "tmpfs", "-o", "size=4k", "resilience-drill", place]) is not None:
+            return False
+        return _run(["umount", "--lazy", place]) is None
+
+
 def _fill_with_ballast(directory: Path) -> None:
-    descriptor = os.open(directory / _BALLAST, os.O_WRONLY | os.O_CREAT, 0o600)
+    descriptor = os.open(directory / BALLAST, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         end, step = 0, _IMAGE_BYTES
         while step >= 1024:

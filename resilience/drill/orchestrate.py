@@ -8,16 +8,17 @@ node to the rendezvous of a dead one does not work: the dead node is counted int
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from resilience.drill import damage
 from resilience.drill.agents import Agents, last_words
 from resilience.drill.environment import Plan, drill_settings, environment, fault_variables
 from resilience.drill.nodes import VirtualNode, VirtualNodes
 from resilience.drill.output import LossTail
-from resilience.drill.progress import JobProgress
+from resilience.drill.progress import JobProgress, RankProgress
 from resilience.drill.rehearsal import at
 from resilience.drill.result import Decision, StrikeRecord
 from resilience.drill.scenario import KINDS, Fault, Strike, rosters
@@ -51,6 +52,16 @@ class Explain(Protocol):
         """What a start on these sources would resume from; None: a fresh start. Raises where it cannot tell."""
 
 
+class Watch(Protocol):
+    """Looks at a drill that has no fixed end (a soak)."""
+
+    def look(self, ranks: Mapping[int, RankProgress]) -> None:
+        """Called again and again; takes little time."""
+
+    def over(self) -> bool:
+        """Whether it is time to come to an end."""
+
+
 class DrillFailed(CommandError):
     """The drill could not go on; carries the last lines of the logs."""
 
@@ -61,10 +72,16 @@ class DrillFailed(CommandError):
 
 @dataclass
 class Rehearsed:
-    """What came of the attempts: the strikes as carried out, and why it ended early, if it did."""
+    """What came of the attempts: the strikes as carried out, and why it ended early, if it did.
+
+    `over`: the watch said so, before training had finished; `reached` is how far it was then.
+    """
 
     records: list[StrikeRecord] = field(default_factory=list)
     failure: DrillFailed | None = None
+    attempts: int = 0
+    over: bool = False
+    reached: int = 0
 
 
 class Orchestrator:
@@ -80,6 +97,7 @@ class Orchestrator:
         deadline: float,
         clock: Clock,
         log: EventLog,
+        watch: Watch | None = None,
     ) -> None:
         self._plan = plan
         self._nodes = nodes
@@ -89,9 +107,11 @@ class Orchestrator:
         self._deadline = deadline  # by `clock`
         self._clock = clock
         self._log = log
+        self._watch = watch
         self._tail = EventTail(plan.events_dir)
         self._progress = JobProgress()
         self._told_iteration = 0
+        self._full: dict[int, int] = {}  # nodes whose mounts are full, and since which iteration
         self._logs: list[Path] = []
         self._losses = LossTail([])
         self._loss = ""
@@ -104,7 +124,15 @@ class Orchestrator:
             for attempt in range(1, len(waiting) + 2):
                 roster = rosters(self._plan.scenario)[len(self._plan.scenario.strikes) - len(waiting)]
                 self._start(attempt, roster, tuple(waiting))
-                if self._until_finished(waiting, done.records):
+                done.attempts = attempt
+                ended = self._until_ended(waiting, done.records)
+                done.reached = max(done.reached, self._progress.iteration)
+                if ended == "over":
+                    done.over = True
+                    self._agents.end(grace_s=_TERM_GRACE_S)
+                    self._follow(expected_end=True)
+                    break
+                if ended == "finished":
                     self._story.tell("drill", f"training finished at iteration {self._progress.iteration}")
                     break
         except DrillFailed as failure:
@@ -112,6 +140,19 @@ class Orchestrator:
         finally:
             self._agents.end(grace_s=0)
         return done
+
+    def finish(self, plan: Plan, done: Rehearsed) -> None:
+        """After a drill that was `over`: one more attempt, undisturbed, to the end that `plan` sets."""
+        self._plan, self._watch = plan, None
+        done.attempts += 1
+        try:
+            self._start(done.attempts, rosters(plan.scenario)[-1], ())
+            self._until_ended([], [])
+            self._story.tell("drill", f"training finished at iteration {self._progress.iteration}")
+        except DrillFailed as failure:
+            done.failure = failure
+        finally:
+            self._agents.end(grace_s=0)
 
     # One attempt
 
@@ -140,15 +181,20 @@ class Orchestrator:
         base = environment(os.environ, self._plan, node.node_id, node.memory, settings)
         return base | fault_variables(self._plan, node.index, waiting)
 
-    def _until_finished(self, waiting: list[Strike], records: list[StrikeRecord]) -> bool:
-        """Follow one attempt. True: training finished. False: a strike ended the attempt, the next is to be started."""
+    def _until_ended(self, waiting: list[Strike], records: list[StrikeRecord]) -> Literal["finished", "struck", "over"]:
+        """Follow one attempt until training finished, a strike ended the attempt, or the watch says it is over."""
         while True:
             self._follow()
+            self._relieve()
+            if self._watch is not None:
+                self._watch.look(self._progress.ranks)
+                if self._watch.over():
+                    return "over"
             if waiting and all(self._progress.is_due(fault) for fault in waiting[0].faults):
                 strike = waiting.pop(0)
                 records.append(self._carry_out(strike))
                 if strike.ends_attempt:
-                    return False
+                    return "struck"
             exits = self._agents.exits()
             if any(exits.values()):
                 failed = ", ".join(f"{node_id} with {code}" for node_id, code in exits.items() if code)
@@ -159,7 +205,7 @@ class Orchestrator:
                 self._follow()
                 if not self._progress.all_finished(self._plan.scenario.world_size):
                     raise self._failed("All processes ended well, but training had not finished.")
-                return True
+                return "finished"
             self._check_bounds(waiting)
             self._clock.sleep(_POLL_S)
 
@@ -188,9 +234,11 @@ class Orchestrator:
         for iteration, loss in self._losses.poll():
             self._log.emit("metric", name="loss", iteration=iteration, value=loss)
             self._loss = f", loss {loss:.4g} at {iteration}"
-        reached = self._progress.iteration // 10 * 10
+        every = 100 if self._watch else 10
+        reached = self._progress.iteration // every * every
         if reached > self._told_iteration:
-            self._story.tell("job", f"iteration {reached} of {self._plan.scenario.train_iters}{self._loss}")
+            of_all = "" if self._watch else f" of {self._plan.scenario.train_iters}"
+            self._story.tell("job", f"iteration {reached}{of_all}{self._loss}")
             self._told_iteration = reached
 
     def _failed(self, message: str) -> DrillFailed:
@@ -248,6 +296,7 @@ class Orchestrator:
             self._agents.kill_node(f"node{fault.index}")
         elif fault.kind == "full":
             self._nodes.fill(fault.index, self._plan.scenario.saves_live_on)
+            self._full[fault.index] = fault.iteration
 
     def _spoil(self, fault: Fault) -> None:
         """What happens to what the node holds, once its processes are gone."""
@@ -268,6 +317,15 @@ class Orchestrator:
                     f"{'bytes flipped in' if fault.kind == 'corrupt' else 'cut in half:'} the {copy.role} copy of "
                     f"rank {copy.owner}'s iteration {copy.iteration} on {node.node_id}",
                 )
+
+    def _relieve(self) -> None:
+        """Where nodes are repaired: room again on what has been full for two intervals."""
+        scenario = self._plan.scenario
+        for index, at_iteration in list(self._full.items()):
+            if scenario.repaired and self._progress.iteration >= at_iteration + 2 * scenario.save_every:
+                del self._full[index]
+                self._nodes.relieve(index, scenario.saves_live_on)
+                self._story.tell("drill", f"the mount that holds node{index}'s saves has room again")
 
     def _predict(self, strike: Strike) -> tuple[bool, Decision | None]:
         if self._explain is None:

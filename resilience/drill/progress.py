@@ -66,6 +66,6 @@ class JobProgress:
             whose = [state for rank, state in self.ranks.items() if rank == fault.index]
         if not whose:
             return False
-        if fault.kind == "hang" and any(state.hung for state in whose):
+        if fault.kind == "hang" and any(state.hung and state.iteration == fault.iteration for state in whose):
             return True  # the watchdog saw it before we did
         return all(state.holding == fault.iteration for state in whose)

@@ -133,6 +133,8 @@ class Scenario:
     replication_jump: int | None = None
     replication_factor: int = 2
     redundancy: str | None = None
+    #: A lost node comes back, empty, as the last spare; a full mount has room again after two intervals.
+    repaired: bool = False
     strikes: tuple[Strike, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -235,6 +237,8 @@ def rosters(scenario: Scenario) -> tuple[tuple[int, ...], ...]:
                     advice=f"Give --spares {sum(f.kind == 'lose' for f in scenario.faults)} or more.",
                 )
             active[active.index(fault.index)] = spares.pop(0)
+            if scenario.repaired:
+                spares.append(fault.index)
         found.append(tuple(active))
     return tuple(found)
 

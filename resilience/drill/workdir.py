@@ -10,7 +10,7 @@ from resilience.errors import ConfigError
 
 #: Marks a directory as a drill's own, and holds the parameters of its reference run.
 _MARKER = "drill.json"
-_REMADE = ("nodes", "save", "global", "events", "fired", "drill.jsonl", "report.html", "result.json")
+_REMADE = ("nodes", "save", "global", "events", "fired", "samples.jsonl", "drill.jsonl", "report.html", "result.json")
 
 
 def prepare(workdir: Path) -> None:

@@ -2,6 +2,10 @@
 
 Young (1974) balances the time spent saving against the work lost at a failure; Daly (2006) adds the terms that matter
 when failures are frequent. `expected_goodput` is Daly's complete model, so that other intervals can be compared.
+
+J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17(9), 1974; J. T. Daly, "A higher
+order estimate of the optimum checkpoint interval for restart dumps", FGCS 22(3), 2006
+(DOI 10.1016/j.future.2004.11.016).
 """
 
 from __future__ import annotations
@@ -24,11 +28,16 @@ def best_interval(
     return min(max(steps, shortest_steps), longest_steps)
 
 
+def young_s(save_s: float, mtbf_s: float) -> float:
+    """Young's first-order optimum: seconds of work between saves."""
+    return math.sqrt(2 * save_s * mtbf_s)
+
+
 def _daly_s(save_s: float, mtbf_s: float) -> float:
     if save_s >= 2 * mtbf_s:
         return mtbf_s
     ratio = save_s / (2 * mtbf_s)
-    return math.sqrt(2 * save_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_s
+    return young_s(save_s, mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_s
 
 
 def expected_goodput(

@@ -267,6 +267,15 @@ def event(t: float, name: str, rank: int = 0, attempt: str = "g1", pid: int = 1,
     return {"t": t, "event": name, "rank": rank, "node": f"node{rank}", "pid": pid, "attempt": attempt, **fields}
 
 
+def test_a_rank_that_its_watchdog_ended_hung_once_and_not_at_every_later_hang() -> None:
+    progress, first, second = JobProgress(), parse_fault("hang:rank=0@20"), parse_fault("hang:rank=0@50")
+    event: dict[str, Any] = {"rank": 0, "pid": 7, "node": "node0", "t": 1.0}
+    for more in ({"event": "start"}, {"event": "step", "iteration": 20}, {"event": "hang"}):
+        progress.take(event | more)
+    assert progress.is_due(first)
+    assert not progress.is_due(second)
+
+
 def test_a_fault_is_due_when_all_ranks_of_its_node_wait_for_it() -> None:
     progress, fault = JobProgress(), parse_fault("lose:node=1@20")
     assert not progress.is_due(fault)
