@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.core.elastic import divided, elastic, note_whole, put_together, seen, sharded
-from tests.core.training import Act, Training, World, die
-from tests.ranks import killed, values
+from tests.core.elastic import divided, elastic, note_whole, put_together, sharded
+from tests.core.training import Act, Training, World
+from tests.ranks import values
 
 NODES = ("a", "b", "c", "d")
 

@@ -410,12 +410,28 @@ def test_data_goes_on_behind_the_same_samples_however_many_share_it(tmp_path: Pa
     assert not rest & set().union(*seen[6:])
 
 
-def test_a_place_between_two_steps_of_here_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dp", "batch"), [(4, 4), (3, 1), (5, 2)])
+def test_data_goes_on_to_the_sample_also_between_two_steps_of_here(tmp_path: Path, dp: int, batch: int) -> None:
+    """And what was begun so can be handed on again, to others and to ranks that are restarted."""
     states = ranks(2, reading(4), dp=2)
-    drawn(states, 1)
-    save(tmp_path, states)
-    with pytest.raises(LayoutMismatchError, match="8 samples of the epoch were seen, which are no multiple of the 16"):
-        load(tmp_path, ranks(4, reading(4), dp=4)[0])
+    seen = set().union(*drawn(states, 1))
+    save(tmp_path / "first", states)
+    here = ranks(dp, reading(batch), dp=dp)
+    for state in here:
+        assert any("8 samples into their epoch" in note for note in load(tmp_path / "first", state).notes)
+    then = set().union(*drawn(here, 1))
+    assert (len(then), then & seen) == (dp * batch, set())
+    save(tmp_path / "second", here)
+    rest = set(range(48)) - seen - then
+    for again in (ranks(dp, reading(batch), dp=dp), ranks(1, reading(1), dp=1)):
+        for state in again:
+            load(tmp_path / "second", state)
+        steps = len(rest) // (len(again) * again[0].loader.loader.batch_size)
+        last = set().union(*drawn(again, steps))
+        assert last <= rest
+        assert len(last) == steps * len(again) * again[0].loader.loader.batch_size, "none twice"
+        whole = drawn(again, 48 // (len(again) * again[0].loader.loader.batch_size))
+        assert sum(map(len, whole)) == len(set().union(*whole)), "a whole epoch follows, nothing twice"
 
 
 def test_another_order_of_the_samples_is_refused(tmp_path: Path) -> None:
