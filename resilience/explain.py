@@ -66,7 +66,8 @@ def explain(
 ) -> Explanation:
     """Decide as a start of `run_id` on these sources would. Reads every byte of what would be loaded.
 
-    `world_size`: default that of the newest save; `elastic` as in the configuration. An unreadable source is treated as the restore treats it after its
+    `world_size`: default that of the newest save; `elastic` as in the configuration.
+    An unreadable source is treated as the restore treats it after its
     retries: the decision goes on only if it is safe. Raises ConfigError for a directory that belongs to another run.
     """
     views: dict[str, tuple[SharedStore, FileSystem]] = {}

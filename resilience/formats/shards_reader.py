@@ -40,7 +40,7 @@ class ShardsReader:
         here: Collection[int],
         content: Content,
     ) -> None:
-        """`here`: owners whose shards this rank's node has itself, which are preferred. `content`: of what was brought."""
+        """`here`: owners whose shards this rank's node has itself: preferred. `content`: of what was brought."""
         self.folder = folder
         self.record = record
         self._shards = shards
