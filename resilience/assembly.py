@@ -141,7 +141,7 @@ def _assemble(
         pretrained=checkpoint.pretrained_checkpoint is not None,
         elastic=resiliency.elastic,
     )
-    assembler = _assembler(checkpoint, job, communicator, setup, stores, keeper, shared.peers, fs, tell)
+    assembler = _assembler(checkpoint, job, communicator, setup, stores, keeper, shared.peers, fs, tell, threads)
     restorer = Restorer(
         job, setup, run_id, attempt, stores, gatherer, assembler, shared, topology, policy, clock, tell
     )  # fmt: skip
@@ -172,12 +172,13 @@ def _assembler(
     peers: Peers,
     fs: FileSystem,
     tell: Callable[..., None],
+    threads: Threads,
 ) -> AssemblyLoader | None:
     if keeper is None:
         return None
     bringer = ShardBringer(
         job, communicator, setup, stores, keeper,
-        lambda: available_bytes(keeper.arena_dir, keeper.store.base, fs), tell,
+        lambda: available_bytes(keeper.arena_dir, keeper.store.base, fs), tell, threads,
     )  # fmt: skip
     return AssemblyLoader(job, setup, bringer, checkpoint, peers, keeper.store, fs, tell)
 

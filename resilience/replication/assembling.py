@@ -25,6 +25,7 @@ from resilience.planning.inventory import SaveId, Tier
 from resilience.planning.retrieval import Fetch, LocalCopy
 from resilience.replication.communicator import Agreements, Communicator, PeerFailedError
 from resilience.replication.retrieval import Fetched, run_fetches
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena, bytes_of
 from resilience.snapshot.loader import OpenShard, open_shard
 from resilience.stores.digest import SEGMENT_BYTES, combined, segment_digests
@@ -65,6 +66,7 @@ class ShardBringer:
         keeper: ShardKeeper,
         available: Callable[[], Mapping[str, int | None]],
         tell: Callable[..., None],
+        threads: Threads = SYSTEM_THREADS,
     ) -> None:
         """`available`: free bytes of this node by place, see `runtime.memory.available_bytes`."""
         self._job = job
@@ -74,6 +76,7 @@ class ShardBringer:
         self._keeper = keeper
         self._available = available
         self._tell = tell
+        self._threads = threads
         self._opened: dict[Path, OpenShard] = {}
         self._verified: dict[tuple[SaveId, int, str, Tier], tuple[bytes, ...]] = {}
         self._landed: list[Arena] = []
@@ -256,7 +259,7 @@ class ShardBringer:
 
         return run_fetches(
             fetches, self._communicator, f"assemble/{self._rounds}", read=read, land=land,
-            reserve=self._keeper.reserve_room, meanwhile=meanwhile,
+            reserve=self._keeper.reserve_room, meanwhile=meanwhile, threads=self._threads,
         )  # fmt: skip
 
     def _land(
