@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from resilience import ParallelLayout, TrainingState
 from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError, SaveFailedError
 from resilience.state.reconcile import without_parts
 from resilience.state.tree import encode
-from tests.resharding.worlds import Holder, load, place, save
+from tests.resharding.worlds import Holder, load, place, read_from, save
+
+
+@pytest.fixture(params=["checkpoint", "fully_parallel", "atomic"], autouse=True)
+def source(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What is loaded: a persistent checkpoint, or the shards of a save on nodes. One set of rules holds for both."""
+    with read_from(request.param):
+        yield request.param
 
 
 class Net(nn.Module):
