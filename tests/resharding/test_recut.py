@@ -21,7 +21,7 @@ from resilience.state.tree import encode
 from tests.resharding.worlds import Holder, load, place, read_from, save
 
 
-@pytest.fixture(params=["checkpoint", "fully_parallel", "atomic"], autouse=True)
+@pytest.fixture(params=["checkpoint", "fully_parallel", pytest.param("atomic", marks=pytest.mark.long)], autouse=True)
 def source(request: pytest.FixtureRequest) -> Iterator[str]:
     """What is loaded: a persistent checkpoint, or the shards of a save on nodes. One set of rules holds for both."""
     with read_from(request.param):

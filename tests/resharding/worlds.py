@@ -17,8 +17,7 @@ from torch import nn
 
 from resilience import CheckpointConfig, ParallelLayout, Resume, TrainingState
 from resilience.formats.once import once
-from resilience.formats.protocol import Chunk, RankShare
-from resilience.formats.protocol import StateReader, Target
+from resilience.formats.protocol import Chunk, RankShare, StateReader, Target
 from resilience.formats.registry import checkpoint_format, open_checkpoint
 from resilience.formats.shard_parts import parts_together, to_be_marked
 from resilience.formats.shards_reader import ShardsReader
