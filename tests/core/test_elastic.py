@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from resilience import assembly
 from resilience.explain import decision_json, explain
+from resilience.formats import shards_reader
 from resilience.formats.registry import foreign_problem
+from resilience.replication import assembling
+from resilience.stores import digest
 from resilience.stores.discovery import find_sources
 from resilience.stores.filesystem import PosixFileSystem
 from tests.core.elastic import SAMPLES, divided, elastic, note_whole, put_together, seen, sharded
@@ -99,6 +103,43 @@ def test_a_node_that_has_nothing_joins_and_several_ranks_share_what_comes_to_the
     shard = len(world.shard("a", 6, 0).read_bytes())
     fetched = sum(ran.resumed.retrieved_bytes for ran in after[:1])
     assert fetched <= 4 * shard + 4096, "node c got each shard at most once, for its four ranks"
+
+
+@pytest.mark.long
+def test_only_segments_that_are_needed_travel(world: World) -> None:
+    again, before = saved_at_6(world, small_segments)
+    after = resumed_at_6(world, again, "b", "c", "new")
+    assert_same_state(before, after)
+    shard = len(world.shard("b", 6, 1).read_bytes())
+    fetched = sum(ran.resumed.retrieved_bytes for ran in after)
+    assert shard > 10 * _SEGMENT
+    assert 0 < fetched <= 8 * 3 * _SEGMENT, "of four shards to the new node, of two to each of the others; none whole"
+
+
+_SEGMENT = 4096
+
+
+def small_segments(training: Training) -> None:
+    """FSDP2, with digests over so many bytes that even these small shards have several segments."""
+    for module in (digest, assembling, shards_reader):
+        module.SEGMENT_BYTES = _SEGMENT  # type: ignore[attr-defined]
+    sharded(training)
+
+
+@pytest.mark.long
+def test_a_node_without_room_for_what_it_needs_refuses_before_anything_is_fetched(world: World) -> None:
+    again, _ = saved_at_6(world)
+    outcomes = world.run(replace(again, nodes=("a", "new", "c"), make=without_room))
+    assert outcomes[1].error == "MemoryBudgetError"
+    assert "bytes of shards of iteration 6 are fetched for this load, then freed" in outcomes[1].message
+    assert {outcomes[0].error, outcomes[2].error} == {"LayoutMismatchError"}
+    assert not list((world.memory / "new").rglob("landing*"))
+
+
+def without_room(training: Training) -> None:
+    elastic(training)
+    if training.node == "new":
+        assembly.available_bytes = lambda *_: {"memory": 1000, "shared_memory": None, "disk": None}  # type: ignore[assignment]
 
 
 # -- from four to three to two and to four again ----------------------------------------------------------------------
