@@ -22,12 +22,15 @@ from resilience.job import Job, join_job, resolve_run_id, start_id
 from resilience.planning.decision import ElectionPolicy
 from resilience.planning.inventory import Tier
 from resilience.planning.topology import Topology, make_topology
+from resilience.replication.assembling import ShardBringer
 from resilience.replication.communicator import Agreements, Communicator
 from resilience.replication.gathering import ShardGatherer
 from resilience.restore import Restorer
+from resilience.restore_assembly import AssemblyLoader
 from resilience.restore_shared import SharedLoader
 from resilience.restore_staging import Peers
 from resilience.runtime.clock import Clock
+from resilience.runtime.memory import available_bytes
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.stores.filesystem import FileSystem, Lock
@@ -138,8 +141,9 @@ def _assemble(
         pretrained=checkpoint.pretrained_checkpoint is not None,
         elastic=resiliency.elastic,
     )
+    assembler = _assembler(checkpoint, job, communicator, setup, stores, keeper, shared.peers, fs, tell, threads)
     restorer = Restorer(
-        job, setup, run_id, attempt, stores, gatherer, shared, topology, policy, clock, tell
+        job, setup, run_id, attempt, stores, gatherer, assembler, shared, topology, policy, clock, tell
     )  # fmt: skip
     return Start(
         job,
@@ -156,6 +160,27 @@ def _assemble(
         shared,
         threads,
     )
+
+
+def _assembler(
+    checkpoint: CheckpointConfig,
+    job: Job,
+    communicator: Communicator,
+    setup: Agreements,
+    stores: tuple[NodeStore, ...],
+    keeper: ShardKeeper | None,
+    peers: Peers,
+    fs: FileSystem,
+    tell: Callable[..., None],
+    threads: Threads,
+) -> AssemblyLoader | None:
+    if keeper is None:
+        return None
+    bringer = ShardBringer(
+        job, communicator, setup, stores, keeper,
+        lambda: available_bytes(keeper.arena_dir, keeper.store.base, fs), tell, threads,
+    )  # fmt: skip
+    return AssemblyLoader(job, setup, bringer, checkpoint, peers, keeper.store, fs, tell)
 
 
 def _loading_peers(communicator: Communicator, setup: Agreements, job: Job, place: ParallelLayout) -> Peers:

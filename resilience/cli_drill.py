@@ -36,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--nodes", type=int, default=4, metavar="N", help="virtual nodes, each with a torchrun agent (default 4)")
     add("--spares", type=int, default=1, metavar="N", help="nodes that wait to replace lost ones (default 1)")
+    add("--elastic", action="store_true", help="go on with fewer nodes where no spare is left; nodes may join")
     add("--ranks-per-node", type=int, default=1, metavar="N", help="default 1")
     add("--train-iters", type=int, default=60, metavar="N", help="iterations to train (default 60)")
     add("--config", type=Path, metavar="F", help="YAML file with checkpoint: and resiliency: sections")
@@ -87,6 +88,10 @@ def show(document: dict[str, Any], console: Console) -> None:
         table(console, columns, [_row(fault) for fault in document["faults"]], right="away")
     equal = "equal to" if document["bit_identical"] else "not known to be equal to"
     say(console, f"final state   {equal} the undisturbed run's")
+    if document["why_not_bits"]:
+        say(console, f"              {document['why_not_bits']}")
+        if document["loss_difference"] is not None:
+            say(console, f"loss          within {document['loss_difference']:.1%} of the undisturbed run's")
     say(console, f"goodput       {100 * document['goodput']:.1f} %")
     if soak := document.get("soak"):
         _show_soak(soak, console)
@@ -137,6 +142,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         replication_jump=_first(args.replication_jump, checkpoint.replication_jump, None),
         replication_factor=_first(args.replication_factor, checkpoint.replication_factor, 2),
         redundancy=args.redundancy,
+        elastic=args.elastic,
     )
     if args.random_faults and args.fault:
         raise ConfigError("--random-faults and --fault do not go together: the faults are drawn, or they are given.")

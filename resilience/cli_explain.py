@@ -19,13 +19,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size", type=at_least_one, metavar="N", help="ranks of the start (default: as in the newest save)"
     )
     parser.add_argument("--ckpt-step", type=int, metavar="K", help="as with `ckpt_step: K` in the configuration")
+    parser.add_argument(
+        "--no-elastic", action="store_true", help="as with `elastic: false`: saves of another world size do not count"
+    )
     add_sources(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Explain; status 1 if there is nothing to resume from. Raises SourceUnavailableError if that cannot be told."""
     sources = sources_of(args)
-    found = explain(sources, run_id=sources.only_run(), world_size=args.world_size, ckpt_step=args.ckpt_step)
+    found = explain(
+        sources, run_id=sources.only_run(), world_size=args.world_size, ckpt_step=args.ckpt_step,
+        elastic=not args.no_elastic,
+    )  # fmt: skip
     error = found.plan.decision.error
     if error is not None and error[0] == "SourceUnavailable":
         raise SourceUnavailableError(error[1], advice=error[2])
@@ -50,6 +56,11 @@ def as_json(found: Explanation) -> dict[str, Any]:
                 "bytes": fetch.nbytes,
             }
             for fetch in found.plan.retrieval.fetches
+        ],
+        "saved_by": found.chosen.world_size if found.chosen else None,
+        "shown": [
+            {"owner": shown.owner, "node": shown.node, "rank": shown.rank, "bytes": shown.nbytes}
+            for shown in (found.plan.assembly.shown if found.plan.assembly else ())
         ],
         "own_copies": len(found.plan.retrieval.local),
         "bad_copies": [
@@ -87,14 +98,18 @@ def show(document: dict[str, Any], console: Console) -> None:
         say(console, f"  {document['advice']}")
     if decision:
         say(console, f"  {size(document['verified_bytes'])} were read and verified for this answer.")
+    if document["shown"]:
+        said = f"{document['saved_by']} ranks took it, {document['world_size']} would put it together"
+        say(console, f"  {said}: each fetches the parts that it needs and its node lacks.")
     for heading, key, columns in (
         ("Passed over", "passed_over", ("iteration", "generation", "tier", "reason")),
         ("Bad copies", "bad_copies", ("iteration", "owner", "where", "tier", "reason")),
         ("Shards that would travel", "retrieval", ("owner", "from_node", "to_node", "to_rank", "bytes")),
+        ("Shards that would be put together", "shown", ("owner", "node", "rank", "bytes")),
     ):
         if document[key]:
             say(console, f"\n{heading}", "bold")
             rows = [[row[column] for column in columns] for row in document[key]]
-            table(console, columns, rows, right="iteration generation owner to_rank bytes")
+            table(console, columns, rows, right="iteration generation owner to_rank rank bytes")
     for line in (*document["unknown"], *document["notes"]):
         say(console, f"note: {line}", "yellow")

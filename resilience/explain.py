@@ -57,11 +57,17 @@ class Explanation:
 
 
 def explain(
-    sources: Sources, *, run_id: str, world_size: int | None = None, ckpt_step: int | None = None
+    sources: Sources,
+    *,
+    run_id: str,
+    world_size: int | None = None,
+    ckpt_step: int | None = None,
+    elastic: bool = True,
 ) -> Explanation:
     """Decide as a start of `run_id` on these sources would. Reads every byte of what would be loaded.
 
-    `world_size`: default that of the newest save. An unreadable source is treated as the restore treats it after its
+    `world_size`: default that of the newest save; `elastic` as in the configuration.
+    An unreadable source is treated as the restore treats it after its
     retries: the decision goes on only if it is safe. Raises ConfigError for a directory that belongs to another run.
     """
     views: dict[str, tuple[SharedStore, FileSystem]] = {}
@@ -72,7 +78,7 @@ def explain(
     world = world_size if world_size is not None else _newest_world_size(inventories, run_id)
     place = _place_ranks(sources.nodes, inventories, run_id, world)
     seen = [replace(each, source=place.node_of.get(each.source, each.source)) for each in inventories]
-    policy = ElectionPolicy(ckpt_step, _FORK, unknown_final=True)
+    policy = ElectionPolicy(ckpt_step, _FORK, unknown_final=True, elastic=elastic)
     rounds = _Rounds(sources, views, seen, run_id, place.nodes, policy)
     plan = rounds.run()
     return Explanation(run_id, place.nodes, plan, tuple(rounds.bad), rounds.verified_bytes)
@@ -190,7 +196,7 @@ class _Rounds:
             if owner in group_of:
                 continue
             try:
-                location = self._locate(save, owner, node_dir, tier)
+                location = self._locate(save, owner, node_dir, tier, len(self._nodes))
                 group = header_of(location, self._sources.fs).group
             except (ResilienceError, CopyGoneError, FileNotFoundError):
                 continue
@@ -202,13 +208,14 @@ class _Rounds:
         if chosen.kind == "shared":
             yield from self._shared_failure(chosen)
             return
+        size = chosen.world_size or len(self._nodes)
         for owner, node_dir, tier, nbytes in _copies_of(plan):
             key = (node_dir, tier, chosen.save, owner)
             if key in self._proved:
                 continue
             self._proved.add(key)
             try:
-                prove_copy(self._locate(chosen.save, owner, node_dir, tier), self._sources.fs)
+                prove_copy(self._locate(chosen.save, owner, node_dir, tier, size), self._sources.fs)
                 self.verified_bytes += nbytes
             except (ResilienceError, FileNotFoundError) as error:
                 yield BadCopy(Strike(node_dir, tier, chosen.save, owner), str(error))
@@ -228,14 +235,14 @@ class _Rounds:
         else:
             self.verified_bytes += chosen.nbytes
 
-    def _locate(self, save: SaveId, owner: int, node_dir: str, tier: Tier) -> CopyLocation:
+    def _locate(self, save: SaveId, owner: int, node_dir: str, tier: Tier, world_size: int) -> CopyLocation:
         """A node may have directories of both tiers: the record tells which copy it is."""
         problem: Exception = FileNotFoundError(f"the {tier} copy of rank {owner}'s shard in {node_dir} is gone")
         for node in self._sources.nodes:
             if (node.name, node.run_id) != (node_dir, self._run_id):
                 continue
             try:
-                location = node.store(self._sources.fs).locate(save, owner, len(self._nodes), node_dir)
+                location = node.store(self._sources.fs).locate(save, owner, world_size, node_dir)
             except FileNotFoundError:
                 continue
             except (CorruptCopyError, UnsafePathError) as error:
@@ -247,7 +254,12 @@ class _Rounds:
 
 
 def _copies_of(plan: Plan) -> list[tuple[int, str, Tier, int]]:
-    """`(owner, node_dir, tier, nbytes)` of every copy that the restore would read, each once."""
+    """`(owner, node_dir, tier, nbytes)` of every copy that the restore would read, each once.
+
+    Of a save of another world size: those that are looked at before it is known which bytes each rank needs.
+    """
+    if plan.assembly is not None:
+        return [(shown.owner, shown.node_dir, shown.tier, shown.nbytes) for shown in plan.assembly.shown]
     local = [(copy.owner, copy.node_dir, copy.tier, copy.nbytes) for copy in plan.retrieval.local]
     fetched = [(fetch.owner, fetch.from_dir, fetch.tier, fetch.nbytes) for fetch in plan.retrieval.fetches]
     return list(dict.fromkeys([*local, *fetched]))

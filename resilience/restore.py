@@ -17,6 +17,7 @@ import xxhash
 from resilience import errors
 from resilience.errors import CorruptCopyError, DivergedRanksError, LayoutMismatchError, ResilienceError
 from resilience.job import Job
+from resilience.planning.assembly import Assembly, Shown
 from resilience.planning.decision import Decision, ElectionPolicy, Strike
 from resilience.planning.inventory import Inventory, SaveId, Tier
 from resilience.planning.kept import Standing
@@ -24,9 +25,11 @@ from resilience.planning.restore_plan import Plan, needed_owners, plan_restore
 from resilience.planning.retrieval import Fetch, LocalCopy, RetrievalPlan, Verify
 from resilience.planning.topology import Topology
 from resilience.planning.wire import inventories_from_json, inventories_to_json
+from resilience.replication.assembling import BadCopiesError
 from resilience.replication.communicator import Agreements
 from resilience.replication.gathering import ShardGatherer
 from resilience.reports import Resume
+from resilience.restore_assembly import AssemblyLoader
 from resilience.restore_shared import SharedLoader
 from resilience.runtime.clock import Clock
 from resilience.snapshot.loader import plan_shard_load
@@ -50,6 +53,7 @@ class Restorer:
     attempt: str  # drawn by the leader; equal on all ranks
     stores: tuple[NodeStore, ...]
     gatherer: ShardGatherer | None
+    assembler: AssemblyLoader | None
     shared: SharedLoader
     topology: Topology
     policy: ElectionPolicy
@@ -75,8 +79,9 @@ class Restorer:
 
     def close(self) -> None:
         """Free what was only mapped or fetched for the load. Local; after the last agreement."""
-        if self.gatherer is not None:
-            self.gatherer.close()
+        for each in (self.gatherer, self.assembler):
+            if each is not None:
+                each.close()
 
     def _decide(self, strikes: frozenset[Strike]) -> Plan:
         """Ask every source until all answer, for a bound; then go on with those that do, if that is safe."""
@@ -165,6 +170,8 @@ class Restorer:
         try:
             if chosen.kind == "shared":
                 failed, load = self.shared.obtain(chosen, state)
+            elif plan.assembly is not None:
+                failed, load = self._assembler().obtain(chosen, plan.assembly)
             else:
                 failed, load = self._obtain(chosen.save, plan, round_number)
         except Exception as error:  # noqa: BLE001  (no room for what it fetches, or anything else: the others wait)
@@ -184,6 +191,7 @@ class Restorer:
                 problem = error  # its digests were proved: this node's trouble, and no copy's
             else:
                 bad = [Strike(where, tier, chosen.save) for where, tier in _places(plan)]
+                bad = list(error.strikes) if isinstance(error, BadCopiesError) else bad
                 self.tell("warning", what=f"iteration {chosen.save.iteration} cannot be read: {error}", advice="")
         except Exception as error:  # noqa: BLE001  (the user's objects are looked at here, and the others wait)
             unfit = error
@@ -197,6 +205,11 @@ class Restorer:
             # only now: until the election is over, the record of a bad primary still says what its owner's digest was
             self.gatherer.drop_bad_copies(struck_before)
         return set(), resume
+
+    def _assembler(self) -> AssemblyLoader:
+        if self.assembler is None:
+            raise ValueError("a save on nodes was elected where no node store is configured")
+        return self.assembler
 
     def _obtain(
         self, save: SaveId, plan: Plan, round_number: int
@@ -297,6 +310,8 @@ def _places(plan: Plan) -> set[tuple[str, Tier]]:
     if chosen is not None and chosen.kind == "shared":
         return {(chosen.source, chosen.tier)}
     own = {(copy.node_dir, copy.tier) for copy in plan.retrieval.local}
+    if plan.assembly is not None:
+        own |= {(copy.node_dir, copy.tier) for copy in plan.assembly.local}
     return own | {(fetch.from_dir, fetch.tier) for fetch in plan.retrieval.fetches}
 
 
@@ -318,4 +333,10 @@ def _plan_from_json(content: bytes) -> Plan:
         ),
         split=fields["split"],
         notes=tuple(fields["notes"]),
+        assembly=None if fields["assembly"] is None else _assembly_from_json(fields["assembly"]),
     )
+
+
+def _assembly_from_json(fields: dict[str, Any]) -> Assembly:
+    shown = tuple(Shown(**each) for each in fields["shown"])
+    return Assembly(fields["world_size"], shown, tuple(LocalCopy(**each) for each in fields["local"]))

@@ -22,7 +22,7 @@ from resilience.formats.folder_files import read_train_state
 from resilience.formats.keys import MODEL_PREFIX, stored_key
 from resilience.formats.loader_files import read_loader
 from resilience.formats.parallel_load import PeerFailedError, agree, read_together
-from resilience.formats.protocol import CheckpointReader, RankState, Target
+from resilience.formats.protocol import CheckpointReader, RankState, StateReader, Target
 from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_missing
 from resilience.planning.decision import Candidate
 from resilience.replication.communicator import Agreements, SoloAgreements
@@ -84,7 +84,7 @@ class Stager:
 
     def __init__(
         self,
-        reader: CheckpointReader,
+        reader: StateReader,
         chosen: Candidate,
         checkpoint: CheckpointConfig,
         open_base: Callable[[], CheckpointReader | None],
@@ -94,7 +94,12 @@ class Stager:
         tell: Callable[..., None],
         *,
         verify: bool = True,
+        bring: Callable[[Sequence[Target]], None] | None = None,
     ) -> None:
+        """`bring` has what the targets are read from come here; collective. Then nothing is staged: it is read straight
+        into the live tensors, since all of it is verified and at hand before the first of them changes.
+        """
+        self._bring = bring
         self._verify = verify
         self._reader = reader
         self._chosen = chosen
@@ -136,8 +141,12 @@ class Stager:
 
         def copy() -> Resume:
             with torch.no_grad():
-                if wanted.staged:  # torch refuses to copy nothing
-                    torch._foreach_copy_([tensor for _, tensor in wanted.plan.targets], list(wanted.staged))
+                pairs = zip((tensor for _, tensor in wanted.plan.targets), wanted.staged, strict=True)
+                staged = [(live, tensor) for live, tensor in pairs if live is not tensor]
+                if staged:  # torch refuses to copy nothing
+                    torch._foreach_copy_([live for live, _ in staged], [tensor for _, tensor in staged])
+                if self._bring is not None:
+                    self._reader.read(wanted.targets)
                 wanted.plan.finish()
                 for optimizer in state.optimizers if "optimizer" not in wanted.parts else ():
                     renew_main_parameters(optimizer.optimizer, stored_weights)
@@ -171,7 +180,8 @@ class Stager:
         unexpected = initial - self._adapters(initial, state)
         index |= {key: SavedItem.of(item) for key, item in live.items() if without_block(key) in initial}
         plan = state.plan_load(values, index, parts)
-        staged, targets, base_targets = staging(plan, index, own, live, from_base, initial)
+        direct = self._bring is not None
+        staged, targets, base_targets = staging(plan, index, own, live, from_base, initial, direct=direct)
         asked = {without_block(key) for key in (*(key for key, _ in plan.targets), *live)}
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
 
@@ -287,7 +297,7 @@ class Stager:
                 difference = judge_keys(set(map(stored_key, wanted.unexpected)), set(map(stored_key, missing)), mode)
             except ResilienceError as error:
                 problem = error
-        if told or self._shared_load:
+        if told or self._shared_load or self._bring is not None:
             agree(group, problem)
         elif problem is not None:
             raise problem
@@ -319,10 +329,12 @@ class Stager:
 
     @property
     def _shared_load(self) -> bool:
-        return self._checkpoint.fully_parallel_load and self._peers.everyone.size > 1
+        return self._bring is None and self._checkpoint.fully_parallel_load and self._peers.everyone.size > 1
 
     def _read(self, wanted: _Wanted) -> None:
-        if self._shared_load:
+        if self._bring is not None:
+            self._bring(wanted.targets)
+        elif self._shared_load:
             group = self._peers.open_replicas()
             try:
                 read_together(self._reader, wanted.targets, group)

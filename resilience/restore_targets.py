@@ -60,8 +60,13 @@ def staging(
     live: Mapping[str, Item],
     from_base: Collection[str],
     initial: Collection[str],
+    *,
+    direct: bool = False,
 ) -> tuple[list[torch.Tensor], list[Target], list[Target]]:
-    """A tensor for each of the plan's targets, and which of them are to be filled from where."""
+    """A tensor for each of the plan's targets, and which of them are to be filled from where.
+
+    `direct`: what is read from the save is read into the plan's targets themselves, which then stand for their tensors.
+    """
     staged: list[torch.Tensor] = []
     targets: list[Target] = []
     base_targets: list[Target] = []
@@ -70,7 +75,7 @@ def staging(
         if whole in initial or key in own.tensors:
             staged.append(live[key].tensor if whole in initial else _cut(own.tensors[key], index[key]))
             continue
-        out = torch.empty(tensor.shape, dtype=tensor.dtype)
+        out = tensor if direct else torch.empty(tensor.shape, dtype=tensor.dtype)
         staged.append(out)
         chosen = base_targets if whole in from_base else targets
         chosen.append(Target(whole, out, index[key].offsets, index[key].global_shape))

@@ -99,8 +99,8 @@ class ResiliencyConfig:
     )
     elastic: bool = setting(
         True,
-        "Accept a persistent checkpoint of another world size on a restart. Saves on nodes of another world size are "
-        "passed over, with that reason.",
+        "Resume from a save of another world size, on shared storage or put together from the shards on nodes. Without "
+        "it such saves are passed over, with that reason.",
     )
 
     # cadence

@@ -151,7 +151,8 @@ def _text(value: object) -> str:
 def fault_variables(plan: Plan, node_index: int, strikes: tuple[Strike, ...]) -> dict[str, str]:
     """Who on this node has to wait for its end, and who has to hang, in the strikes still to come.
 
-    A fault of a node holds whichever ranks run there: ranks are known only after the rendezvous, so all are named.
+    A fault of a node holds whichever ranks run there: ranks are known only after the rendezvous, so all are named. For
+    a node that is to join all of them wait.
     """
     holds: list[str] = []
     hangs: list[str] = []
@@ -161,6 +162,6 @@ def fault_variables(plan: Plan, node_index: int, strikes: tuple[Strike, ...]) ->
                 hangs.append(at(fault.index, fault.iteration))
             elif fault.kind == "kill":
                 holds.append(at(fault.index, fault.iteration))
-            elif fault.index == node_index:
-                holds += [at(rank, fault.iteration) for rank in range(plan.scenario.world_size)]
+            elif fault.index == node_index or fault.kind == "join":
+                holds += [at(rank, fault.iteration) for rank in range(max(plan.scenario.world_sizes))]
     return {HOLD: ",".join(holds), HANG: ",".join(hangs), FIRED: str(plan.fired)}

@@ -110,6 +110,7 @@ class Orchestrator:
         self._watch = watch
         self._tail = EventTail(plan.events_dir)
         self._progress = JobProgress()
+        self._world_size = plan.scenario.world_size
         self._told_iteration = 0
         self._full: dict[int, int] = {}  # nodes whose mounts are full, and since which iteration
         self._logs: list[Path] = []
@@ -158,6 +159,7 @@ class Orchestrator:
 
     def _start(self, attempt: int, roster: tuple[int, ...], waiting: tuple[Strike, ...]) -> None:
         nodes = [self._nodes.node(index) for index in roster]
+        self._world_size = len(nodes) * self._plan.scenario.ranks_per_node
         names = ", ".join(node.node_id for node in nodes)
         self._story.tell(
             "attempt", f"{attempt}: training {'starts' if attempt == 1 else 'is started again'} on {names}"
@@ -203,7 +205,7 @@ class Orchestrator:
                 raise self._failed(f"An agent of torchrun gave up: {failed}.")
             if all(code == 0 for code in exits.values()):
                 self._follow()
-                if not self._progress.all_finished(self._plan.scenario.world_size):
+                if not self._progress.all_finished(self._world_size):
                     raise self._failed("All processes ended well, but training had not finished.")
                 return "finished"
             self._check_bounds(waiting)
@@ -285,7 +287,8 @@ class Orchestrator:
         with self._plan.fired.open("a", encoding="ascii") as stream:
             for fault in strike.faults:
                 for rank, progress in self._progress.ranks.items():
-                    if progress.node_id == f"node{fault.index}" if fault.on_node else rank == fault.index:
+                    hit = progress.node_id == f"node{fault.index}" if fault.on_node else rank == fault.index
+                    if hit or fault.kind == "join":
                         stream.write(at(rank, fault.iteration) + "\n")
 
     def _break(self, fault: Fault) -> None:
@@ -333,9 +336,8 @@ class Orchestrator:
         place = self._plan.scenario.strikes.index(strike) + 1
         nodes = [self._nodes.node(index) for index in rosters(self._plan.scenario)[place]]
         local = tuple(directory for node in nodes for directory in (node.memory, node.disk))
-        sources = Sources(
-            local, self._plan.save_dir, self._plan.global_dir, self._plan.run_id, self._plan.scenario.world_size
-        )
+        world_size = self._plan.scenario.world_sizes[place]
+        sources = Sources(local, self._plan.save_dir, self._plan.global_dir, self._plan.run_id, world_size)
         try:
             decision = self._explain(sources)
         except ResilienceError as error:

@@ -60,7 +60,9 @@ class JobProgress:
 
     def is_due(self, fault: Fault) -> bool:
         """Whether the job stands where this fault is to happen."""
-        if fault.on_node:
+        if fault.kind == "join":
+            whose = list(self.ranks.values())
+        elif fault.on_node:
             whose = [state for state in self.ranks.values() if state.node_id == f"node{fault.index}"]
         else:
             whose = [state for rank, state in self.ranks.items() if rank == fault.index]

@@ -15,6 +15,7 @@ import resilience
 from resilience.drill.agents import Agents, last_words
 from resilience.drill.environment import Plan, environment, reference_settings
 from resilience.drill.orchestrate import DrillFailed
+from resilience.drill.output import LossTail
 from resilience.drill.result import digest_of
 from resilience.drill.story import Story
 from resilience.observe.events import EventTail, read_events
@@ -24,8 +25,11 @@ _NODE = "reference"
 
 @dataclass(frozen=True)
 class Reference:
+    """`losses`: (iteration, loss) as the script told them."""
+
     digest: str | None
     seconds: float
+    losses: tuple[tuple[int, float], ...] = ()
 
 
 def reference_run(plan: Plan, agents: Agents, story: Story, deadline: float) -> Reference:
@@ -35,9 +39,9 @@ def reference_run(plan: Plan, agents: Agents, story: Story, deadline: float) -> 
     """
     kept = plan.reference_dir / "reference.json"
     key = _key(plan)
-    if (digest := _kept_digest(kept, key)) is not None:
+    if (earlier := _kept(kept, key)) is not None:
         story.tell("reference", "the undisturbed run of an earlier drill with the same parameters is used")
-        return Reference(digest, 0.0)
+        return earlier
     shutil.rmtree(plan.reference_dir, ignore_errors=True)
     plan.reference_dir.mkdir(parents=True)
     world_size = plan.scenario.world_size
@@ -53,9 +57,10 @@ def reference_run(plan: Plan, agents: Agents, story: Story, deadline: float) -> 
         agents.end(grace_s=0)
     seconds = time.monotonic() - began
     digest = digest_of(read_events([events]), plan.scenario.train_iters, world_size)
-    kept.write_text(json.dumps({"key": key, "digest": digest}) + "\n", encoding="utf-8")
+    losses = tuple(LossTail([log]).poll())
+    kept.write_text(json.dumps({"key": key, "digest": digest, "losses": losses}) + "\n", encoding="utf-8")
     story.tell("reference", f"done in {seconds:.1f} s; final state {digest or 'unknown: it told no digest'}")
-    return Reference(digest, seconds)
+    return Reference(digest, seconds, losses)
 
 
 def _wait(plan: Plan, agents: Agents, tail: EventTail, log: Path, deadline: float) -> None:
@@ -70,14 +75,15 @@ def _wait(plan: Plan, agents: Agents, tail: EventTail, log: Path, deadline: floa
         raise DrillFailed(f"The script does not run even undisturbed (exit status {code}).", last_words(log, 20))
 
 
-def _kept_digest(path: Path, key: str) -> str | None:
+def _kept(path: Path, key: str) -> Reference | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if kept["key"] != key or not isinstance(kept["digest"], str):
+            return None
+        losses = tuple((int(iteration), float(loss)) for iteration, loss in kept["losses"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not isinstance(kept, dict) or kept.get("key") != key or not isinstance(kept.get("digest"), str):
-        return None
-    return str(kept["digest"])
+    return Reference(str(kept["digest"]), 0.0, losses)
 
 
 def _key(plan: Plan) -> str:

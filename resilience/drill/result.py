@@ -12,6 +12,10 @@ from resilience.drill.scenario import Scenario, Strike
 from resilience.observe.timeline import spent_of
 
 Event = dict[str, Any]
+
+#: Relative. Another number of ranks averages over other samples at each step. State that was not loaded, or loaded
+#: wrongly, shows as a loss that jumps back to where training began.
+LOSS_TOLERANCE = 0.25
 Decision = Mapping[str, Any]  # {iteration, generation, tier}
 
 
@@ -52,16 +56,23 @@ class FaultResult:
 
 @dataclass(frozen=True)
 class DrillResult:
-    """The answer of a drill; `as_json` has the interface's keys. `problems` says in words why it did not pass."""
+    """The answer of a drill; `as_json` has the interface's keys. `problems` says in words why it did not pass.
+
+    `bit_identical` is None where `why_not_bits` says that bits cannot be compared; then `loss_difference` is, the
+    largest relative one from the undisturbed run's at any iteration that both told of.
+    """
 
     passed: bool
     nodes: int
     ranks_per_node: int
     train_iters: int
     faults: list[FaultResult]
+    world_sizes: list[int]
     final_digest: str | None
     reference_digest: str | None
-    bit_identical: bool
+    bit_identical: bool | None
+    why_not_bits: str
+    loss_difference: float | None
     goodput: float
     stall_s_per_save: float | None
     saves_failed: int
@@ -86,6 +97,16 @@ def digest_of(events: Sequence[Event], train_iters: int, world_size: int) -> str
         return None
     text = "\n".join(f"{rank} {last[rank]}" for rank in sorted(last))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def loss_difference(events: Sequence[Event], reference: Sequence[tuple[int, float]]) -> float | None:
+    """The largest relative difference between the last told loss of an iteration and the undisturbed run's."""
+    told = {
+        int(event["iteration"]): float(event["value"])
+        for event in events
+        if event["event"] == "metric" and event.get("name") == "loss"
+    }
+    return max((abs(told[at] - loss) / abs(loss) for at, loss in reference if at in told and loss), default=None)
 
 
 def goodput_of(events: Sequence[Event]) -> float:
@@ -158,13 +179,17 @@ def problems_of(
     events: Sequence[Event],
     final: str | None,
     reference: str | None,
+    difference: float | None = None,
 ) -> list[str]:
-    """Why the drill did not pass, in words; empty when it did."""
+    """Why the drill did not pass, in words; empty when it did.
+
+    `difference`: of the losses, which are compared where world sizes changed on the way, and bits cannot be.
+    """
     found: list[str] = []
     done = {record.strike.iteration for record in records}
     found += [f"The fault {strike.spec} never happened." for strike in scenario.strikes if strike.iteration not in done]
     finished = {int(event["rank"]) for event in events if event["event"] == "finished"}
-    if missing := sorted(set(range(scenario.world_size)) - finished):
+    if missing := sorted(set(range(scenario.world_sizes[-1])) - finished):
         found.append(f"Training did not finish on ranks {missing}.")
     found += [
         f"After {fault.spec} the job came back from {fault.resumed_from}, which `resilience explain` had not said."
@@ -174,6 +199,12 @@ def problems_of(
     if final is None or reference is None:
         which = [name for name, value in (("the drill", final), ("the reference run", reference)) if value is None]
         found.append(f"No digest of the final state came from every rank of {' and '.join(which)}.")
+    elif scenario.resized:
+        if difference is not None and difference > LOSS_TOLERANCE:
+            found.append(
+                f"The loss differs by up to {difference:.1%} from the undisturbed run's; {LOSS_TOLERANCE:.0%} are let "
+                "pass where the number of ranks changes, and with it what a step averages over."
+            )
     elif final != reference:
         found.append(
             "The final state differs from the undisturbed run's. If two undisturbed runs of the script differ as well, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from random import Random
@@ -36,7 +37,7 @@ KINDS: dict[str, FaultKind] = {
         "node",
         True,
         True,
-        "kill the node, wipe its memory and disk; a spare takes its place",
+        "kill the node, wipe its memory and disk; a spare takes its place, or with --elastic none",
         "node{} is lost for good: its processes are killed, its memory and disk are wiped",
     ),
     "stop": FaultKind(
@@ -67,6 +68,13 @@ KINDS: dict[str, FaultKind] = {
         "cut a committed copy on the node in half before the restart",
         "the job is stopped, and a file on node{} is torn",
     ),
+    "join": FaultKind(
+        "node",
+        True,
+        True,
+        "with --elastic: the job is started again on one more node, a new or a lost one",
+        "the job is stopped, to go on with node{} as well",
+    ),
     "full": FaultKind(
         "node",
         False,
@@ -75,6 +83,8 @@ KINDS: dict[str, FaultKind] = {
         "the mount that holds node{}'s saves is full",
     ),
 }
+
+_MOST_NODES = 64
 
 _SPEC = re.compile(r"(?P<kind>[a-z]+):(?P<target>[a-z]+)(=(?P<index>\d+))?(,copy=(?P<copy>[a-z]+))?@(?P<at>\d+)")
 
@@ -135,6 +145,7 @@ class Scenario:
     redundancy: str | None = None
     #: A lost node comes back, empty, as the last spare; a full mount has room again after two intervals.
     repaired: bool = False
+    elastic: bool = False  # a lost node that no spare replaces is missing from then on; nodes may join
     strikes: tuple[Strike, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -148,7 +159,18 @@ class Scenario:
 
     @property
     def world_size(self) -> int:
+        """Of the first start."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Ranks before the first strike and after each one."""
+        return tuple(len(roster) * self.ranks_per_node for roster in rosters(self))
+
+    @property
+    def resized(self) -> bool:
+        """Whether not all starts have as many ranks: then the end cannot be that of an undisturbed run, bit for bit."""
+        return len(set(self.world_sizes)) > 1
 
     @property
     def saves_live_on(self) -> Literal["memory", "disk"]:
@@ -188,7 +210,7 @@ def _check_counts(scenario: Scenario) -> None:
         if getattr(scenario, name) < least:
             given = getattr(scenario, name)
             raise ConfigError(f"--{name.replace('_', '-')} {given}: at least {least} is needed.")
-    if scenario.nodes > 64 or scenario.world_size > 256:
+    if scenario.nodes > _MOST_NODES or scenario.world_size > 256:
         raise ConfigError(
             f"{scenario.world_size} ranks on {scenario.nodes} virtual nodes are too many for one machine."
         )
@@ -208,8 +230,6 @@ def _check_strike(scenario: Scenario, strike: Strike) -> None:
         if key in seen:
             raise ConfigError(f"--fault {fault.spec} is given twice.")
         seen.add(key)
-        if not fault.on_node and fault.index >= scenario.world_size:
-            raise ConfigError(f"--fault {fault.spec}: ranks are 0…{scenario.world_size - 1}.")
         if fault.kind in ("corrupt", "torn", "full") and scenario.save_type == "global":
             raise ConfigError(
                 f"--fault {fault.spec}: with --type global no node holds copies of its own.",
@@ -220,27 +240,50 @@ def _check_strike(scenario: Scenario, strike: Strike) -> None:
 def rosters(scenario: Scenario) -> tuple[tuple[int, ...], ...]:
     """The nodes in rank order before the first strike and after each one; a spare takes a lost node's place.
 
-    Raises `ConfigError` when a fault names a node that does not train then, or when no spare is left.
+    An elastic job goes on without it where no spare is left, and nodes may join it. Raises `ConfigError` when a fault
+    names a node or a rank that does not train then, or when nothing takes a lost node's place.
     """
     active = list(range(scenario.nodes))
     spares = list(range(scenario.nodes, scenario.nodes + scenario.spares))
     found = [tuple(active)]
     for strike in scenario.strikes:
         for fault in strike.faults:
-            if fault.on_node and fault.index not in active:
-                there = ", ".join(f"node={index}" for index in active)
-                raise ConfigError(f"--fault {fault.spec}: that node does not train then; these do: {there}.")
-        for fault in (fault for fault in strike.faults if fault.kind == "lose"):
-            if not spares:
-                raise ConfigError(
-                    f"--fault {fault.spec}: no spare is left to take node{fault.index}'s place.",
-                    advice=f"Give --spares {sum(f.kind == 'lose' for f in scenario.faults)} or more.",
-                )
-            active[active.index(fault.index)] = spares.pop(0)
-            if scenario.repaired:
-                spares.append(fault.index)
+            _check_target(scenario, fault, active, spares)
+        for fault in (fault for fault in strike.faults if fault.kind in ("lose", "join")):
+            if fault.kind == "join":
+                active.append(fault.index)
+            elif spares:
+                active[active.index(fault.index)] = spares.pop(0)
+                spares += [fault.index] if scenario.repaired else []
+            else:
+                _go_on_without(scenario, fault, active)
         found.append(tuple(active))
     return tuple(found)
+
+
+def _check_target(scenario: Scenario, fault: Fault, active: Sequence[int], spares: Sequence[int]) -> None:
+    ranks = len(active) * scenario.ranks_per_node
+    if not fault.on_node and fault.index >= ranks:
+        raise ConfigError(f"--fault {fault.spec}: ranks are 0…{ranks - 1}.")
+    there = ", ".join(f"node={index}" for index in active)
+    if fault.kind == "join":
+        if not scenario.elastic:
+            raise ConfigError(f"--fault {fault.spec}: nodes join an elastic job only.", advice="Give --elastic.")
+        if fault.index in active or fault.index in spares or fault.index >= _MOST_NODES:
+            raise ConfigError(
+                f"--fault {fault.spec}: that node trains or waits then ({there}), or is none of 0…{_MOST_NODES - 1}."
+            )
+    elif fault.on_node and fault.index not in active:
+        raise ConfigError(f"--fault {fault.spec}: that node does not train then; these do: {there}.")
+
+
+def _go_on_without(scenario: Scenario, fault: Fault, active: list[int]) -> None:
+    if not scenario.elastic or len(active) == 1:
+        raise ConfigError(
+            f"--fault {fault.spec}: no spare is left to take node{fault.index}'s place.",
+            advice=f"Give --spares {sum(f.kind == 'lose' for f in scenario.faults)} or more, or --elastic and nodes.",
+        )
+    active.remove(fault.index)
 
 
 def random_faults(scenario: Scenario, seed: int, count: int = 3) -> Scenario:

@@ -31,10 +31,11 @@ from resilience.formats.directory import (
     encode_integrity,
     encode_run_config,
 )
-from resilience.formats.keys import MODEL_PREFIX, OPTIMIZER_PREFIX
+from resilience.formats.keys import MODEL_PREFIX
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
 from resilience.formats.torch_archive import read_archive, saved_bytes
 from resilience.replication.communicator import Agreements
+from resilience.state.sharding import may_be_cut
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_records import RECORD_NAME, FolderRecord, encode_folder
 from resilience.stores.trackers import TRAIN_STATE
@@ -44,6 +45,7 @@ __all__ = [
     "Written",
     "agree_on_save",
     "common_state",
+    "plain_names",
     "read_train_state",
     "write_own_files",
     "write_small_files",
@@ -91,26 +93,30 @@ def agree_on_save(share: RankShare, meta: SaveMeta, agreements: Agreements) -> d
     prepared = exchange(agreements, lambda: _prepare(share.chunks, meta, agreements.size), "prepare")
     if any(answer["save"] != prepared[0]["save"] for answer in prepared):
         raise SaveFailedError(f"Ranks save different things: {[answer['save'] for answer in prepared][:8]}.")
-    return _plain_names([answer["alone"] for answer in prepared], agreements.rank)
+    plain = plain_names([answer["alone"] for answer in prepared])
+    return {key: "only" if only else "first" for key, (rank, only) in plain.items() if rank == agreements.rank}
 
 
 def _prepare(chunks: Sequence[Chunk], meta: SaveMeta, size: int) -> dict[str, Any]:
     if meta.world_size != size:
         raise LayoutMismatchError(f"The save is of {meta.world_size} ranks, and {size} take part.")
-    alone = [chunk.key for chunk in chunks if chunk.per_rank and chunk.key.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX))]
+    alone = [chunk.key for chunk in chunks if chunk.per_rank and may_be_cut(chunk.key)]
     return {"save": [meta.iteration, meta.generation, meta.attempt], "alone": alone}
 
 
-def _plain_names(own_keys: Sequence[Sequence[str]], rank: int) -> dict[str, str]:
-    """From the only rank that has a tensor, or (the model's) from the lowest of several."""
+def plain_names(own_keys: Sequence[Sequence[str]]) -> dict[str, tuple[int, bool]]:
+    """Which tensors that ranks have for themselves get their plain name: from which rank, and whether only it has one.
+
+    From the only rank that has a tensor, or (the model's) from the lowest of several. `own_keys`: by rank.
+    """
     holders: dict[str, list[int]] = {}
     for holder, keys in enumerate(own_keys):
         for key in keys:
             holders.setdefault(key, []).append(holder)
     return {
-        key: "only" if len(having) == 1 else "first"
+        key: (having[0], len(having) == 1)
         for key, having in holders.items()
-        if having[0] == rank and (len(having) == 1 or key.startswith(MODEL_PREFIX))
+        if len(having) == 1 or key.startswith(MODEL_PREFIX)
     }
 
 

@@ -16,8 +16,9 @@ from resilience.errors import SaveFailedError
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.layout import Piece
 from resilience.state.tensors import byte_view
+from resilience.stores.shard_file import SavedPiece
 
-__all__ = ["check_in_common", "place_sum"]
+__all__ = ["check_in_common", "place_sum", "sum_of"]
 
 _BLOCK_WORDS = 1 << 20
 _MASK = (1 << 64) - 1
@@ -50,7 +51,7 @@ def check_in_common(pieces: Iterable[tuple[Piece, torch.Tensor]], group_number: 
         )
 
 
-def place_sum(piece: Piece, tensor: torch.Tensor) -> int:
+def place_sum(piece: Piece | SavedPiece, tensor: torch.Tensor) -> int:
     """The piece's share of the sum over its item, modulo 2^64."""
     content = byte_view(tensor).numpy()
     row_bytes = content.nbytes // max(1, piece.shape[0]) if piece.shape else content.nbytes
@@ -62,6 +63,11 @@ def place_sum(piece: Piece, tensor: torch.Tensor) -> int:
         at = np.arange(first + start, first + start + len(block), dtype=np.uint64)
         total += int(((at * _ODD | np.uint64(1)) * (block + np.uint64(1))).sum(dtype=np.uint64))
     return total & _MASK
+
+
+def sum_of(shares: Iterable[int]) -> int:
+    """That of an item, given those of pieces that make it up."""
+    return sum(shares) & _MASK
 
 
 def _place(piece: Piece) -> int:

@@ -1,4 +1,7 @@
-"""Who writes what several ranks have: the lowest of them, if they have it alike."""
+"""Who writes what several ranks have: the lowest of them, if they have it alike.
+
+`Claims` holds the rules, `once` carries them out for a checkpoint that is being written.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from resilience.replication.communicator import Agreements
 from resilience.state.sharding import may_be_cut
 from resilience.state.tensors import byte_view
 
-__all__ = ["once"]
+__all__ = ["Claims", "claim_of", "may_join", "once", "place_of"]
 
 
 def once(chunks: Sequence[Chunk], group: Agreements) -> list[Chunk]:
@@ -25,79 +28,117 @@ def once(chunks: Sequence[Chunk], group: Agreements) -> list[Chunk]:
     on all ranks if two have different bytes for one part of a whole, or parts that overlap. Collective over all ranks.
     """
     mine = {_place(chunk): chunk for chunk in chunks if _may_join(chunk)}
-    holders: dict[int, list[int]] = {}
-    parts: dict[int, tuple[int, int, int]] = {}
-    for rank, payload in enumerate(group.gather(_packed(word for each in mine.items() for word in _told(*each)))):
+    names = {place: chunk.key for place, chunk in mine.items()}
+    told = []
+    for payload in group.gather(_packed(word for each in mine.values() for word in _told(each))):
         words = _numbers(payload)
-        for place, key, elements, whole in zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True):
-            holders.setdefault(place, []).append(rank)
-            if place & 1:
-                parts[place] = key, elements, whole
-    _refuse_overlaps(parts, mine)
-    contested = [place for place in mine if len(holders[place]) > 1]
+        told.append(list(zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True)))
+    claims = Claims(told)
+    _fail_with(claims.overlap(names))
+    contested = [place for place in mine if place in claims.contested]
     contents: dict[int, set[int]] = {}
     for payload in group.gather(_packed(word for place in contested for word in (place, _content(mine[place])))):
         words = _numbers(payload)
         for place, content in zip(words[::2], words[1::2], strict=True):
             contents.setdefault(place, set()).add(content)
     differ = {place for place, found in contents.items() if len(found) > 1}
-    _refuse_parts_that_differ(differ, holders, mine)
+    _fail_with(claims.conflict(differ, names))
     kept = [chunk for place, chunk in mine.items() if place in differ]
     kept += [chunk for chunk in chunks if not _may_join(chunk)]
     for place, chunk in mine.items():
-        if place not in differ and holders[place][0] == group.rank:
+        if place not in differ and claims.holders[place][0] == group.rank:
             kept.append(replace(chunk, per_rank=False))
     return kept
 
 
-def _refuse_overlaps(parts: Mapping[int, tuple[int, int, int]], mine: Mapping[int, Chunk]) -> None:
-    """Parts that make up more than their whole: nobody could say which of them counts. `parts`: place → key, elements,
-    elements of the whole."""
-    held: dict[int, int] = {}
-    for key, elements, _ in parts.values():
-        held[key] = held.get(key, 0) + elements
-    beyond = [place for place, (key, _, whole) in parts.items() if held[key] > whole]
-    if not beyond:
-        return
-    named = next((mine[place].key for place in beyond if place in mine), "one tensor")
-    raise SaveFailedError(
-        f"the parts of {named} that the ranks hold overlap: they have more elements than the whole.",
-        advice="Say with resilience.shard which parts of a whole tensors are. Groups of a DistributedOptimizer that "
-        "train one parameter (tied over pipeline stages) have to divide it alike.",
-    )
+class Claims:
+    """Which ranks have what as their own, each under its `place_of`; the rules by which that becomes one tensor.
+
+    The same for what is being written to shared storage and for shards on nodes that another number of ranks reads.
+    `told`: by rank, of each of its tensors that may join: place, a number that stands for the key, elements, elements
+    of the whole.
+    """
+
+    def __init__(self, told: Sequence[Iterable[tuple[int, int, int, int]]]) -> None:
+        self.holders: dict[int, list[int]] = {}
+        self._parts: dict[int, tuple[int, int, int]] = {}
+        for rank, claims in enumerate(told):
+            for place, key, elements, whole in claims:
+                self.holders.setdefault(place, []).append(rank)
+                if place & 1:
+                    self._parts[place] = key, elements, whole
+
+    @property
+    def contested(self) -> frozenset[int]:
+        """Places at which several ranks have something: whether it is the same has to be looked at."""
+        return frozenset(place for place, ranks in self.holders.items() if len(ranks) > 1)
+
+    def overlap(self, names: Mapping[int, str]) -> tuple[str, str]:
+        """What to say (and to advise) of parts that make up more than their whole: nobody could say which counts.
+
+        Empty if there are none. `names`: keys by place, as far as they are known.
+        """
+        held: dict[int, int] = {}
+        for key, elements, _ in self._parts.values():
+            held[key] = held.get(key, 0) + elements
+        beyond = [place for place, (key, _, whole) in self._parts.items() if held[key] > whole]
+        if not beyond:
+            return "", ""
+        named = next((names[place] for place in beyond if place in names), "one tensor")
+        return (
+            f"the parts of {named} that the ranks hold overlap: they have more elements than the whole.",
+            "Say with resilience.shard which parts of a whole tensors are. Groups of a DistributedOptimizer that "
+            "train one parameter (tied over pipeline stages) have to divide it alike.",
+        )
+
+    def conflict(self, differ: Collection[int], names: Mapping[int, str]) -> tuple[str, str]:
+        """The same of parts at one place whose contents differ (`differ`: all places where they do)."""
+        parts = sorted(place for place in differ if place & 1)
+        if not parts:
+            return "", ""
+        named = [place for place in parts if place in names] or parts
+        key = names.get(named[0], "one tensor")
+        return (
+            f"ranks {self.holders[named[0]]} hold the same part of {key} and differ in its bytes "
+            f"({len(parts)} such parts).",
+            "Replicas have diverged, or parts of a tensor were said to lie at the same place (resilience.shard).",
+        )
 
 
-def _refuse_parts_that_differ(
-    differ: Collection[int], holders: Mapping[int, Sequence[int]], mine: Mapping[int, Chunk]
-) -> None:
-    parts = sorted(place for place in differ if place & 1)
-    if not parts:
-        return
-    named = [place for place in parts if place in mine] or parts
-    key = mine[named[0]].key if named[0] in mine else "one tensor"
-    raise SaveFailedError(
-        f"ranks {holders[named[0]]} hold the same part of {key} and differ in its bytes ({len(parts)} such parts).",
-        advice="Replicas have diverged, or parts of a tensor were said to lie at the same place (resilience.shard).",
-    )
+def place_of(key: str, shape: tuple[int, ...], global_shape: tuple[int, ...], offsets: tuple[int, ...]) -> int:
+    """Of what two ranks cannot have beside each other: one part, or the whole whatever its shape. Odd for a part."""
+    part = shape != global_shape
+    return _hash64(f"{key} {(shape, global_shape, offsets) if part else ''}".encode()) & ~1 | part
+
+
+def claim_of(
+    key: str, shape: tuple[int, ...], global_shape: tuple[int, ...], offsets: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """What `Claims` wants to be told of a tensor that may join."""
+    place = place_of(key, shape, global_shape, offsets)
+    return place, _hash64(key.encode()), math.prod(shape), math.prod(global_shape)
+
+
+def may_join(key: str, shape: tuple[int, ...], global_shape: tuple[int, ...]) -> bool:
+    """Whether a rank's own tensor may be what others have too, or a part of what they have parts of."""
+    return may_be_cut(key) or shape != global_shape
+
+
+def _fail_with(said: tuple[str, str]) -> None:
+    if said[0]:
+        raise SaveFailedError(said[0], advice=said[1])
 
 
 def _may_join(chunk: Chunk) -> bool:
-    """Whether a rank's own chunk may be what others have too, or a part of what they have parts of."""
-    return chunk.per_rank and (may_be_cut(chunk.key) or _is_part(chunk))
-
-
-def _is_part(chunk: Chunk) -> bool:
-    return tuple(chunk.tensor.shape) != tuple(chunk.global_shape)
+    return chunk.per_rank and may_join(chunk.key, tuple(chunk.tensor.shape), tuple(chunk.global_shape))
 
 
 def _place(chunk: Chunk) -> int:
-    """Of what two ranks cannot have beside each other: one part, or the whole whatever its shape. Odd for a part."""
-    part = (tuple(chunk.tensor.shape), tuple(chunk.global_shape), tuple(chunk.offsets)) if _is_part(chunk) else ""
-    return _hash64(f"{chunk.key} {part}".encode()) & ~1 | _is_part(chunk)
+    return place_of(chunk.key, tuple(chunk.tensor.shape), tuple(chunk.global_shape), tuple(chunk.offsets))
 
 
-def _told(place: int, chunk: Chunk) -> tuple[int, int, int, int]:
-    return place, _hash64(chunk.key.encode()), chunk.tensor.numel(), math.prod(chunk.global_shape)
+def _told(chunk: Chunk) -> tuple[int, int, int, int]:
+    return claim_of(chunk.key, tuple(chunk.tensor.shape), tuple(chunk.global_shape), tuple(chunk.offsets))
 
 
 def _content(chunk: Chunk) -> int:

@@ -17,18 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
-from resilience.errors import CorruptCopyError, ResilienceError
-from resilience.formats.protocol import CheckpointReader, Target
-from resilience.replication.communicator import Agreements
+from resilience.errors import CorruptCopyError
+from resilience.formats.protocol import StateReader, Target
+from resilience.replication.communicator import Agreements, PeerFailedError
 
 __all__ = ["PeerFailedError", "Region", "agree", "deal", "read_together"]
 
 _ROUND_BYTES = 64 << 20  # what all members together send in one round
 _LEAST_BYTES = 1 << 20  # of one member in one round: below that, rounds cost more than they carry
-
-
-class PeerFailedError(ResilienceError):
-    """Another rank failed in the same step; what it was, it raises itself."""
 
 
 @dataclass(frozen=True, order=True)
@@ -78,7 +74,7 @@ def agree(group: Agreements, problem: Exception | None) -> None:
         raise PeerFailedError("another rank could not load its part of the checkpoint.")
 
 
-def read_together(reader: CheckpointReader, targets: Sequence[Target], group: Agreements) -> None:
+def read_together(reader: StateReader, targets: Sequence[Target], group: Agreements) -> None:
     """Fill the targets of all members; see `CheckpointReader.read`. Collective over `group`.
 
     What a member alone needs it reads alone. PeerFailedError if another member could not read what fell to it.

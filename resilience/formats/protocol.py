@@ -26,6 +26,7 @@ __all__ = [
     "RankShare",
     "RankState",
     "SaveMeta",
+    "StateReader",
     "StoredItem",
     "StoredTensor",
     "Target",
@@ -146,18 +147,35 @@ class Target:
 class RankState:
     """What one rank alone knew: its values (the JSON of its state's tree) and its tensors by tree path.
 
-    A tensor of the model or the optimizer that no other rank had is not here but in the reader's `index`.
+    A tensor of the model or the optimizer that no other rank had is not here but in the reader's `index`. `told`: the
+    tensors' fingerprints, where they are known without looking at the tensors.
     """
 
     values: bytes
     tensors: Mapping[str, torch.Tensor]
-
-
-class CheckpointReader(Protocol):
-    """One complete checkpoint, open for reading. Nothing here is collective; every rank opens its own."""
+    told: Mapping[str, str] | None = None
 
     @property
-    def folder(self) -> Path: ...
+    def digests(self) -> Mapping[str, str]:
+        """Of dtype, shape and bytes of each tensor."""
+        from resilience.state.saved_world import fingerprint
+
+        if self.told is not None:
+            return self.told
+        return {path: fingerprint(tensor) for path, tensor in self.tensors.items()}
+
+
+class StateReader(Protocol):
+    """What a load needs of a save, wherever its bytes lie: in one folder, or in shards on many nodes.
+
+    Nothing here is collective; every rank opens its own.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, for people too."""
+        ...
+
     @property
     def record(self) -> FolderRecord | None:
         """Which save it is; None for a checkpoint that another program wrote."""
@@ -166,16 +184,6 @@ class CheckpointReader(Protocol):
     @property
     def index(self) -> Mapping[str, StoredTensor]:
         """Every global tensor by tree path. A model's tensor that differs per rank is here as the lowest rank's."""
-        ...
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Of tensors in the index that have the same bytes (tied weights): path → the one path that is no alias."""
-        ...
-
-    @property
-    def common(self) -> Mapping[str, Any]:
-        """What is not sharded: `common.pt` or the object `common_state`."""
         ...
 
     def rank_state(self, rank: int) -> RankState | None:
@@ -190,6 +198,24 @@ class CheckpointReader(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of all memory that the files take; whoever reads afterwards maps them again."""
+        ...
+
+
+class CheckpointReader(StateReader, Protocol):
+    """One complete checkpoint in a folder, open for reading."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Of tensors in the index that have the same bytes (tied weights): path → the one path that is no alias."""
+        ...
+
+    @property
+    def common(self) -> Mapping[str, Any]:
+        """What is not sharded: `common.pt` or the object `common_state`."""
+        ...
+
     def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:
         """Names of the files that `read(targets)`, `rank_state(rank)` and opening the checkpoint touch."""
         ...
@@ -199,10 +225,6 @@ class CheckpointReader(Protocol):
 
         A checkpoint without digests passes: there is nothing to hold it against.
         """
-        ...
-
-    def close(self) -> None:
-        """Let go of all memory that the files take; whoever reads afterwards maps them again."""
         ...
 
 

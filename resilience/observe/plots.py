@@ -112,11 +112,20 @@ def _columns(columns: dict[int, int], base: float, dots: bool, tallest: int) -> 
             yield tag("rect", x=place * 14 - 6, y=base - height, width=12, height=height, class_="dot")
 
 
-def loss_curve(metrics: Sequence[tuple[float, int, float]]) -> str:
-    """Loss by iteration; what was done twice is drawn twice, and lies on itself when both times were the same."""
+def loss_curve(
+    metrics: Sequence[tuple[float, int, float]],
+    undisturbed: Sequence[tuple[float, int, float]] = (),
+    attempts: Sequence[tuple[float, int]] = (),
+) -> str:
+    """Loss by iteration; what was done twice is drawn twice, and lies on itself when both times were the same.
+
+    `undisturbed`: of a run to which nothing happened, drawn behind it. `attempts`: when each set in, and how many ranks
+    it had; a new piece of the line begins with each.
+    """
     height, bottom = 190.0, 160.0
-    last = max(iteration for _, iteration, _ in metrics)
-    low, high = min(loss for _, _, loss in metrics), max(loss for _, _, loss in metrics)
+    told = [*metrics, *undisturbed]
+    last = max(iteration for _, iteration, _ in told)
+    low, high = min(loss for _, _, loss in told), max(loss for _, _, loss in told)
     high = high if high > low else low + 1.0
 
     def place(iteration: int, loss: float) -> tuple[float, float]:
@@ -132,18 +141,34 @@ def loss_curve(metrics: Sequence[tuple[float, int, float]]) -> str:
         parts.append(
             tag("text", f"{iteration:,.0f}", x=place(int(iteration), low)[0], y=bottom + 22, class_="axis middle")
         )
-    runs: list[list[tuple[float, float]]] = [[]]
-    before = -1
-    for _, iteration, loss in metrics[:: max(1, len(metrics) // 1000)]:
-        if iteration <= before:
-            runs.append([])  # training went back to here
-        runs[-1].append(place(iteration, loss))
-        before = iteration
-    for points in runs:
+    if undisturbed:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(at, loss) for _, at, loss in undisturbed))
+        parts.append(tag("polyline", points=path, class_="climb undisturbed"))
+    sizes = {ranks for _, ranks in attempts if ranks}
+    for ranks, run in _pieces(metrics[:: max(1, len(metrics) // 1000)], attempts):
+        points = [place(iteration, loss) for iteration, loss in run]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(tag("polyline", points=path, class_="climb"))
         parts.append(tag("circle", cx=points[0][0], cy=points[0][1], r=4.5, class_="resumed"))
+        if len(sizes) > 1 and ranks:
+            x, y = points[0]
+            parts.append(tag("text", plural(ranks, "rank"), x=x + 7, y=max(12.0, y - 8), class_="axis start"))
     words = (
         f"Loss {metrics[0][2]:.3g} at iteration {metrics[0][1]}, {metrics[-1][2]:.3g} at iteration {metrics[-1][1]}."
     )
     return picture("loss", "Loss by iteration", words, height, *parts)
+
+
+def _pieces(
+    metrics: Sequence[tuple[float, int, float]], attempts: Sequence[tuple[float, int]]
+) -> list[tuple[int, list[tuple[int, float]]]]:
+    """The line in pieces: one for each time that training set in, with its ranks (0: not known)."""
+    pieces: list[tuple[int, list[tuple[int, float]]]] = []
+    before, of = -1, -1
+    for t, iteration, loss in metrics:
+        attempt = sum(began <= t for began, _ in attempts) - 1
+        if not pieces or iteration <= before or attempt != of:
+            pieces.append((attempts[attempt][1] if attempt >= 0 else 0, []))
+        pieces[-1][1].append((iteration, loss))
+        before, of = iteration, attempt
+    return pieces

@@ -68,6 +68,8 @@ def _verdict(run: Run) -> tuple[str, str, str]:
     times = {1: "once", 2: "twice"}.get(broke, f"{broke} times")
     often = f"although it was interrupted {times}" if broke else "undisturbed"
     if run.verdict is not None:
+        if run.verdict.get("passed") and run.verdict.get("why_not_bits"):
+            return "good", "Rehearsal passed", f"Training finished iteration {run.finished}, {often}. {_compared(run)}"
         if run.verdict.get("passed"):
             return (
                 "good",
@@ -86,6 +88,14 @@ def _verdict(run: Run) -> tuple[str, str, str]:
     if not run.attempts:
         return "bad", "No training in sight", "The events given tell of no attempt at training."
     return "bad", "Training has not finished", f"It was last seen at iteration {run.reached}; it may still be running."
+
+
+def _compared(run: Run) -> str:
+    """What of the end can be held against an undisturbed run's, where its bits cannot."""
+    verdict = run.verdict or {}
+    difference = verdict.get("loss_difference")
+    why = f"Its bits are not compared with an undisturbed run’s: {verdict.get('why_not_bits')}."
+    return why if difference is None else f"{why} The loss stays within {100 * float(difference):.1f} % of that run’s."
 
 
 def _tiles(run: Run) -> str:
@@ -182,9 +192,10 @@ def _attempts_table(run: Run) -> str:
                 f"{attempt.reached:,}",
                 f"{attempt.reached - max(kept, attempt.base):,.0f}",
                 plural(len(attempt.spells), "node"),
+                str(attempt.world_size or "-"),
             )
         )
-    head = ("Attempt", "Name", "Began at", "Went on from", "Reached", "Of these lost", "On")
+    head = ("Attempt", "Name", "Began at", "Went on from", "Reached", "Of these lost", "On", "Ranks")
     return _details("The same as a table", _table(head, rows))
 
 
@@ -312,7 +323,11 @@ def _loss_section(run: Run) -> str:
     )
     rows = [(f"{iteration:,}", f"{loss:.4g}") for _, iteration, loss in run.metrics]
     table = _details("The same as a table", _table(("Iteration", "Loss"), rows))
-    return _section("loss", "What the model learned", lead, _figure(plots.loss_curve(run.metrics)), table)
+    attempts = [(attempt.started, attempt.world_size) for attempt in run.attempts]
+    curve = _figure(plots.loss_curve(run.metrics, run.undisturbed, attempts))
+    keys = [("train", "this run"), ("resumed round", "an attempt sets in")]
+    keys += [("undisturbed", "the run to which nothing happened")] if run.undisturbed else []
+    return _section("loss", "What the model learned", lead, curve, _legend(keys), table)
 
 
 def _spent_section(run: Run) -> str:
@@ -371,6 +386,8 @@ def _state(save: Save) -> str:
 def _proof_section(run: Run) -> str:
     if run.verdict is None or not run.verdict.get("final_digest") or not run.verdict.get("reference_digest"):
         return ""
+    if run.verdict.get("why_not_bits"):
+        return _section("proof", "Is the result the same?", escape(_compared(run)))
     equal = bool(run.verdict.get("bit_identical"))
     lead = (
         "The same training was also run without saves and without faults. At the end every rank computes a digest of "

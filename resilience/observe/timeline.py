@@ -37,6 +37,7 @@ class Attempt:
     name: str
     started: float
     ended: float
+    world_size: int = 0
     resume: Event | None = None
     resumes: list[Event] = field(default_factory=list)
     fresh: Event | None = None
@@ -144,6 +145,7 @@ class Run:
     verdict: Event | None
     warnings: list[Event]
     metrics: list[tuple[float, int, float]]  # time, iteration, loss
+    undisturbed: list[tuple[float, int, float]]  # the same of a run to which nothing happened, where there was one
 
     @property
     def nodes(self) -> list[str]:
@@ -199,13 +201,18 @@ def run_of(events: Sequence[Event]) -> Run:
         stopped=_iteration_of(last.get("stopped")),
         verdict=next((event for event in reversed(drill) if event["event"] == "verdict"), None),
         warnings=[event for event in told if event["event"] in ("warning", "unequal_items", "save_skipped")],
-        metrics=[
-            (event["t"], int(event["iteration"]), float(event["value"]))
-            for event in events
-            if event["event"] == "metric" and event.get("name") == "loss" and event.get("value") is not None
-            and event.get("iteration") is not None
-        ],
-    )  # fmt: skip
+        metrics=_metric(events, "loss"),
+        undisturbed=_metric(events, "undisturbed_loss"),
+    )
+
+
+def _metric(events: Sequence[Event], name: str) -> list[tuple[float, int, float]]:
+    return [
+        (float(event["t"]), int(event["iteration"]), float(event["value"]))
+        for event in events
+        if event["event"] == "metric" and event.get("name") == name and event.get("value") is not None
+        and event.get("iteration") is not None
+    ]  # fmt: skip
 
 
 def _iteration_of(event: Event | None) -> int | None:
@@ -264,7 +271,9 @@ def _process(event: Event) -> tuple[str, int, int]:
 
 def _note(attempt: Attempt, event: Event) -> None:
     kind = event["event"]
-    if kind == "resume" and event.get("iteration") is not None:
+    if kind == "start":
+        attempt.world_size = int(event.get("world_size") or 0)
+    elif kind == "resume" and event.get("iteration") is not None:
         attempt.resumes.append(event)
         if attempt.resume is None or event["rank"] == 0:
             attempt.resume = event

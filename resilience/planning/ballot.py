@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from resilience.planning import reasons
-from resilience.planning.copies import Holding, holdings_of
+from resilience.planning.copies import Holding, holdings_of, world_sizes
 from resilience.planning.decision import Candidate, Decision, ElectionPolicy, ErrorKind, PassedOver, Strike
 from resilience.planning.history import History, abandonments, fruitless_bases, read_history
 from resilience.planning.inventory import TIERS, AttemptLog, Inventory, SaveId, SharedSave, Tier
@@ -18,13 +18,17 @@ from resilience.planning.inventory import TIERS, AttemptLog, Inventory, SaveId, 
 
 @dataclass
 class Ballot:
-    """The inputs, what was derived from them, and the list of what was passed over so far."""
+    """The inputs, what was derived from them, and the list of what was passed over so far.
+
+    `holdings`: node saves that may be elected; `sizes`: how many ranks took each of them.
+    """
 
     run_id: str
     world_size: int
     policy: ElectionPolicy
     history: History
     holdings: Mapping[SaveId, tuple[Holding, ...]]
+    sizes: Mapping[SaveId, int]
     shared: tuple[SharedSave, ...]
     strikes: frozenset[Strike]
     unknown: tuple[str, ...]
@@ -95,7 +99,13 @@ def open_ballot(
 ) -> Ballot:
     """Read the run's history from the inventories and note what can never be elected."""
     history = read_history(inventories, run_id)
-    holdings = holdings_of(inventories, run_id, world_size)
+    sizes = {
+        save: size for save, size in world_sizes(inventories, run_id).items() if policy.elastic or size == world_size
+    }
+    holdings: dict[SaveId, tuple[Holding, ...]] = {}
+    for size in sorted(set(sizes.values())):
+        found = holdings_of(inventories, run_id, size)
+        holdings |= {save: held for save, held in found.items() if sizes.get(save) == size}
     shared = tuple({each: None for inventory in inventories for each in inventory.shared_saves})
     own = {*holdings, *history.completed}
     ballot = Ballot(
@@ -104,6 +114,7 @@ def open_ballot(
         policy,
         history,
         holdings,
+        sizes,
         shared,
         strikes,
         tuple(sorted(f"{each.source}: {each.unknown}" for each in inventories if each.unknown)),
@@ -115,13 +126,13 @@ def open_ballot(
 
 
 def _pass_over_unfit(ballot: Ballot, inventories: Iterable[Inventory]) -> None:
-    """Other runs' records, and node saves of another world size, are named once each with the reason."""
+    """Other runs' records, and node saves whose world size does not do, are named once each with the reason."""
     unfit: set[tuple[SaveId, Tier, str]] = set()
     for inventory in inventories:
         for copies in inventory.node_saves:
             if copies.run_id != ballot.run_id:
                 unfit.add((copies.save, copies.tier, reasons.other_run(copies.run_id)))
-            elif copies.world_size != ballot.world_size:
+            elif copies.save not in ballot.sizes:
                 reason = reasons.other_world_size(copies.world_size, ballot.world_size)
                 unfit.add((copies.save, copies.tier, reason))
     only_own = bool(ballot.history.completed) and ballot.policy.on_no_usable_save == "stop"

@@ -7,6 +7,7 @@ can tell which is right, and none counts. Copies of one save may be spread over 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,20 @@ def holdings_of(inventories: Sequence[Inventory], run_id: str, world_size: int) 
             if copies.run_id == run_id and copies.world_size == world_size:
                 found.setdefault(copies.save, []).append(Holding(inventory.source, copies))
     return {save: tuple(sorted(held, key=_place)) for save, held in found.items()}
+
+
+def world_sizes(inventories: Sequence[Inventory], run_id: str) -> dict[SaveId, int]:
+    """How many ranks took each node save of this run. Linear.
+
+    An attempt has one world size. Should records say otherwise, the size that most copies name counts (of equally many
+    the smallest), and the copies of others do not belong to the save.
+    """
+    told: dict[SaveId, Counter[int]] = {}
+    for inventory in inventories:
+        for copies in inventory.node_saves:
+            if copies.run_id == run_id:
+                told.setdefault(copies.save, Counter())[copies.world_size] += len(copies.owners)
+    return {save: min(sizes, key=lambda size: (-sizes[size], size)) for save, sizes in told.items()}
 
 
 def _place(holding: Holding) -> tuple[str, int, str]:

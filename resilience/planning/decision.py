@@ -49,7 +49,7 @@ class ElectionPolicy:
     """What the user's configuration says about the choice.
 
     `fork_id` goes with `ckpt_step`. `pretrained`: a `pretrained_checkpoint` is configured. `unknown_final`: the bound
-    for retrying unknown sources is used up. `elastic`: checkpoints of another world size may be loaded.
+    for retrying unknown sources is used up. `elastic`: saves of another world size may be loaded.
     """
 
     ckpt_step: int | None = None
@@ -67,7 +67,8 @@ class Candidate:
     """The elected save. Kind "node": shards on nodes, see the retrieval plan; "shared": one folder under `source`.
 
     `tier` of a node save is the slowest that is needed. `foreign`: a checkpoint of another run (under `load`).
-    `weights_only`: a pretrained checkpoint; the start is a fresh one in all but the weights.
+    `weights_only`: a pretrained checkpoint; the start is a fresh one in all but the weights. `world_size`: ranks that
+    took it; None where that is not known.
     """
 
     save: SaveId
@@ -78,6 +79,7 @@ class Candidate:
     nbytes: int
     foreign: bool = False
     weights_only: bool = False
+    world_size: int | None = None
 
 
 @dataclass(frozen=True)

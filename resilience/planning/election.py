@@ -173,11 +173,12 @@ def _candidate(ballot: Ballot, option: _Option) -> Candidate | None:
             ballot.pass_over(option.save, option.tier, reason)
             return None
         return _shared_candidate(ballot, option.shared)
-    table = copy_table(option.save, ballot.holdings[option.save], ballot.world_size, ballot.strikes)
+    world_size = ballot.sizes[option.save]
+    table = copy_table(option.save, ballot.holdings[option.save], world_size, ballot.strikes)
     if table.missing:
         ballot.pass_over(option.save, option.tier, reasons.incomplete(table, ballot.strikes, ballot.history.completed))
         return None
-    return Candidate(option.save, table.tier(), "node", "", ballot.run_id, sum(table.nbytes))
+    return Candidate(option.save, table.tier(), "node", "", ballot.run_id, sum(table.nbytes), world_size=world_size)
 
 
 def _accept(ballot: Ballot, candidate: Candidate) -> Decision:
@@ -217,6 +218,7 @@ def _shared_candidate(ballot: Ballot, each: SharedSave) -> Candidate:
         each.nbytes,
         foreign=each.run_id != ballot.run_id and each.source != "pretrained",
         weights_only=each.source == "pretrained",
+        world_size=each.world_size,
     )
 
 

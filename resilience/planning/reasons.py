@@ -10,7 +10,7 @@ from resilience.planning.inventory import AttemptLog, SaveId
 
 
 def other_world_size(saved: int, wanted: int) -> str:
-    return f"it was saved by {saved} ranks, and this start has {wanted}; resuming at another world size is not possible"
+    return f"it was saved by {saved} ranks, and this start has {wanted}; elastic=False takes no other world size"
 
 
 def other_run(run_id: str | None) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from resilience.errors import SourceUnavailableError
-from resilience.planning.decision import Decision, ElectionPolicy, Strike
+from resilience.planning.assembly import Assembly, plan_showing
+from resilience.planning.decision import Candidate, Decision, ElectionPolicy, Strike
 from resilience.planning.election import elect
 from resilience.planning.inventory import Inventory
 from resilience.planning.kept import Standing, standing_of
@@ -28,6 +29,7 @@ class Plan:
     standing: Standing = field(default_factory=Standing)
     split: bool = False
     notes: tuple[str, ...] = ()
+    assembly: Assembly | None = None  # of a save on nodes that another number of ranks took; no retrieval then
 
 
 def plan_restore(
@@ -45,6 +47,8 @@ def plan_restore(
     notes = tuple(note for each in inventories for note in each.notes)
     if decision.chosen is None or decision.chosen.kind != "node":
         return Plan(decision, notes=notes)
+    if decision.chosen.world_size != len(nodes):
+        return _plan_another_world(decision, decision.chosen, inventories, nodes, strikes, notes)
     save = decision.chosen.save
     split = any(held.split for each in inventories for held in each.node_saves if held.save == save)
     needs = needed_owners(nodes, coordinates, split)
@@ -56,6 +60,22 @@ def plan_restore(
         decision, inventories, strikes, run_id=run_id, nodes=nodes, topology=topology, fetches=retrieval.fetches
     )
     return Plan(decision, retrieval, standing, split, notes)
+
+
+def _plan_another_world(
+    decision: Decision,
+    chosen: Candidate,
+    inventories: Sequence[Inventory],
+    nodes: Sequence[str],
+    strikes: frozenset[Strike],
+    notes: tuple[str, ...],
+) -> Plan:
+    """Nothing of it is kept beyond the first protected save of this attempt: no shard is one of this world's."""
+    try:
+        assembly = plan_showing(chosen, inventories, nodes=nodes, strikes=strikes)
+    except SourceUnavailableError as error:
+        return Plan(replace(decision, chosen=None, error=("SourceUnavailable", str(error), "")), notes=notes)
+    return Plan(decision, notes=notes, assembly=assembly)
 
 
 def needed_owners(

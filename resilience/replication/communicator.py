@@ -11,18 +11,23 @@ from typing import Protocol
 
 import torch
 
-from resilience.errors import PeerLostError
+from resilience.errors import PeerLostError, ResilienceError
 
 __all__ = [
     "Agreements",
     "Communicator",
     "Control",
     "Links",
+    "PeerFailedError",
     "SoloAgreements",
     "SoloCommunicator",
     "SoloControl",
     "Transfer",
 ]
+
+
+class PeerFailedError(ResilienceError):
+    """Another rank failed in the same step; what it was, it raises itself."""
 
 
 class Agreements(Protocol):

@@ -21,7 +21,7 @@ from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.loader import OpenShard, open_shard
 from resilience.stores.keeper import ShardKeeper
-from resilience.stores.node_store import CopyLocation, NodeStore
+from resilience.stores.node_store import CopyLocation, NodeStore, locate_copy
 from resilience.stores.shard_file import read_header
 
 __all__ = ["ShardGatherer"]
@@ -179,19 +179,7 @@ class ShardGatherer:
         return self._locate(save, copy.owner, node_dir, copy.tier)
 
     def _locate(self, save: SaveId, owner: int, node_dir: str, tier: Tier) -> CopyLocation:
-        """A directory may hold saves of both node tiers, so the record tells which store it is."""
-        problem: Exception = FileNotFoundError(f"the {tier} copy of rank {owner}'s shard in {node_dir} is gone")
-        for store in self._stores:
-            try:
-                location = store.locate(save, owner, self._job.world_size, node_dir)
-            except FileNotFoundError:
-                continue
-            except (ResilienceError, OSError) as error:
-                problem = error
-                continue
-            if location.record.tier == tier:
-                return location
-        raise problem
+        return locate_copy(self._stores, save, owner, self._job.world_size, node_dir, tier)
 
     def _fetched(self, save: SaveId, owner: int) -> CopyLocation:
         """What a rank of this node fetched and committed."""

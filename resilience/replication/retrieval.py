@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -22,11 +22,19 @@ from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import SegmentedDigest, segments
 
-__all__ = ["Fetched", "run_fetches"]
+__all__ = ["Fetched", "Sendable", "run_fetches"]
 
 _OPENING, _SEGMENT = 1, 2
 _READY: Final = 0x52455349_46455443
 _AHEAD: Final = 4  # segments that are under way before the first of them is waited for and hashed
+
+
+class Sendable(Protocol):
+    """Bytes of a copy that are asked for: a whole shard, or some segments of it as if they lay one after the other."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def segment(self, start: int, stop: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def run_fetches(
     communicator: Communicator,
     round_name: str,
     *,
-    read: Callable[[Fetch], Arena],
+    read: Callable[[Fetch], Sendable],
     land: Callable[[Fetch], Arena],
     reserve: Reserve,
     meanwhile: Callable[[], None],
@@ -103,9 +111,9 @@ def _connect(fetches: Sequence[Fetch], communicator: Communicator, round_name: s
     return ways
 
 
-def _send(way: _Way, fetch: Fetch, read: Callable[[Fetch], Arena]) -> list[Transfer]:
+def _send(way: _Way, fetch: Fetch, read: Callable[[Fetch], Sendable]) -> list[Transfer]:
     try:
-        arena: Arena | None = read(fetch)
+        arena: Sendable | None = read(fetch)
     except (OSError, CorruptCopyError):
         arena = None
     if arena is not None and arena.nbytes != fetch.nbytes:

@@ -24,11 +24,12 @@ class Afterwards:
     def __init__(self, start: Start, log: AttemptLog, lanes: Lanes, fs: FileSystem, tell: Callable[..., None]) -> None:
         self.log = log
         self.kept: tuple[SaveId, ...] = ()  # of earlier attempts
+        self.base: SaveId | None = None  # resumed from on nodes, of another world size: stays until there is another
         self._start = start
         self._lanes = lanes
         self._fs = fs
         self._tell = tell
-        self._dropped_earlier = False
+        self._dropped: tuple[SaveId, ...] | None = None  # what was kept when earlier attempts' leftovers went
         self._log_waits = False
 
     @property
@@ -48,12 +49,16 @@ class Afterwards:
             self._lanes.tidy.submit("make room", look)
 
     def _drop_earlier(self) -> None:
-        """Delete what earlier attempts left beside the saves that are kept. By the node's leader."""
-        if self._dropped_earlier:
+        """Delete what earlier attempts left beside the saves that are kept. By the node's leader, whoever wrote it.
+
+        A base of another world size is nobody's to recycle: it goes as a whole, once this attempt has a save instead.
+        """
+        keep = self.kept if self.base is None else (*self.kept, self.base)
+        if self._dropped is not None and set(self._dropped) <= set(keep):
             return
-        self._dropped_earlier = True
+        self._dropped = keep
         for store in self._start.stores:
-            store.drop_earlier_attempts(self._start.attempt, self.kept)
+            store.drop_earlier_attempts(self._start.attempt, keep)
 
     def certify(self, change: Change) -> None:
         """Every rank has committed: certificate, attempt log; then what earlier attempts left may go."""
@@ -72,6 +77,8 @@ class Afterwards:
             self._log_waits = True  # not in this lane: shared storage may hang, and deletions must go on
             self._lanes.drain.submit("attempt log", self._write_shared_log)
         if change.what in ("protected", "unprotected"):
+            if change.what == "protected" or start.topology.factor == 1:
+                self.base = None
             self._drop_earlier()
 
     def delete(self, save: SaveId) -> None:

@@ -125,6 +125,7 @@ class Saving:
     def adopt(self, plan: Plan) -> Book:
         """Take charge of what the nodes keep, note the attempt, and start to replicate again. Collective."""
         kept = self.afterwards.kept = plan.standing.kept
+        self.afterwards.base = None if plan.assembly is None else plan.decision.base
         keeper = self._start.keeper
         if keeper is not None:
             keeper.keep_only(kept)

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from resilience.errors import ConfigError, LayoutMismatchError
 from resilience.state import rng
+from resilience.state.sample_sharing import RestOfEpoch, moved_place, sharing_of
 
 
 class LoaderCursor:
@@ -35,6 +36,8 @@ class LoaderCursor:
         self._drawn = 0  # over all epochs
         self._drawn_in_epoch = 0
         self._start: dict[str, Any] | None = None  # random state with which the epoch was begun
+        self._skipped = 0  # samples of this epoch that other ranks had seen when these came to share out the rest
+        self._full: int | None = None  # batches of a whole epoch, while only the rest of one is shared out
 
     @property
     def stateful(self) -> bool:
@@ -102,8 +105,8 @@ class LoaderCursor:
             "epoch": self._epoch,
             "drawn": self._drawn,
             "drawn_in_epoch": self._drawn_in_epoch,
-            "batches_per_epoch": _length(self.loader),
-            "sharing": _sharing(self.loader),
+            "batches_per_epoch": self._full_epoch(),
+            "sharing": sharing_of(self.loader, self._skipped),
             "start": self._start if begun else None,
             "generators": [generator.get_state() for generator in self._generators()],
             # A loader that was never begun has no place yet, and asking some for their state begins them.
@@ -117,7 +120,7 @@ class LoaderCursor:
         if saved["kind"] != self._kind:
             return [f"dataloader: saved as {saved['kind']}, here it is {self._kind}"]
         found: list[str] = []
-        before, now = saved["batches_per_epoch"], _length(self.loader)
+        before, now = saved["batches_per_epoch"], self._full_epoch()
         if not self.stateful and None not in (before, now) and before != now:
             found.append(f"dataloader: saved with {before} batches per epoch, here it has {now}")
         if len(saved["generators"]) != len(self._generators()):
@@ -129,25 +132,7 @@ class LoaderCursor:
 
         The place is exact: behind the same samples of the epoch, none left out and none repeated. Draws nothing.
         """
-        before, now = saved.get("sharing"), _sharing(self.loader)
-        if before is None or now is None:
-            return "only of a DataLoader with torch's DistributedSampler is known which samples were seen by all"
-        if any(before[name] != now[name] for name in ("samples", "seed", "shuffle")):
-            return f"it goes over its samples in another order ({before}, here {now})"
-        here, drawn, per_epoch = _length(self.loader), saved["drawn_in_epoch"], saved["batches_per_epoch"]
-        seen = drawn * before["batch"] * before["replicas"]
-        at_once = now["batch"] * now["replicas"]
-        if here is None or (seen % at_once and drawn != per_epoch):
-            return (
-                f"{seen} samples of the epoch were seen, which are no multiple of the {at_once} that a step here takes"
-            )
-        batches = here if drawn == per_epoch else min(seen // at_once, here)
-        return {
-            "drawn": saved["epoch"] * here + batches,
-            "drawn_in_epoch": batches,
-            "batches_per_epoch": here,
-            "sharing": now,
-        }
+        return moved_place(saved, self.loader, self._full_epoch() or 0)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go to the place that `state_dict` told of. Changes the global random state: restore that one afterwards.
@@ -156,6 +141,7 @@ class LoaderCursor:
         """
         self._epoch, self._drawn, self._drawn_in_epoch = saved["epoch"], saved["drawn"], 0
         self._iterator = None
+        self._share_out((saved.get("sharing") or {}).get("skipped", 0))
         if saved["start"] is not None:
             self._restart(saved)
         for generator, state in zip(self._generators(), saved["generators"], strict=True):
@@ -196,6 +182,7 @@ class LoaderCursor:
     def _first_of_next_epoch(self) -> Any:
         one_shot, place = self._iterator is self.loader, (self._epoch, self._drawn_in_epoch, self._start)
         self._epoch += 1
+        self._share_out(0)
         self._begin()
         try:
             return self._advance()
@@ -211,6 +198,18 @@ class LoaderCursor:
     def _advance(self) -> Any:
         assert self._iterator is not None, "an epoch was begun"
         return next(self._iterator)
+
+    def _share_out(self, skipped: int) -> None:
+        """The samples behind the first `skipped` ones of an epoch, in the same order, among the ranks of today."""
+        if self._full is not None:
+            self.loader.batch_sampler.sampler = self.loader.sampler
+        self._skipped, self._full = skipped, None
+        if skipped:
+            self._full = _length(self.loader)
+            self.loader.batch_sampler.sampler = RestOfEpoch(self.loader.sampler, skipped)
+
+    def _full_epoch(self) -> int | None:
+        return _length(self.loader) if self._full is None else self._full
 
     def _set_epoch(self) -> None:
         for part in _parts(self.loader):
@@ -229,20 +228,6 @@ def _parts(loader: Any) -> list[Any]:
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     return list({id(part): part for part in parts if part is not None}.values())
-
-
-def _sharing(loader: Any) -> dict[str, Any] | None:
-    """How ranks share one order of the samples, where that is known: rank r takes every replicas-th from r on."""
-    sampler = getattr(loader, "sampler", None)
-    if type(loader) is not DataLoader or type(sampler) is not DistributedSampler or loader.batch_size is None:
-        return None
-    return {
-        "samples": len(sampler.dataset),  # type: ignore[arg-type]  # it has asked for the length itself
-        "replicas": sampler.num_replicas,
-        "batch": loader.batch_size,
-        "shuffle": sampler.shuffle,
-        "seed": sampler.seed,
-    }
 
 
 def _length(loader: Any) -> int | None:

@@ -118,7 +118,9 @@ def recut_loader(taken: Taken, loader: LoaderCursor, found: Found) -> Any:
             f"dataloader: its place was shared by {before.dp} data-parallel ranks, here by {now.dp}: {moved}"
         )
         return None
-    taken.notes.append(f"data: goes on behind the same samples, {moved['drawn_in_epoch']} batches into their epoch")
+    skipped = moved["sharing"]["skipped"]
+    where = f"{skipped} samples" if skipped else f"{moved['drawn_in_epoch']} batches"
+    taken.notes.append(f"data: goes on behind the same samples, {where} into their epoch")
     return {**taken.take(*drawing[0]), **moved}
 
 

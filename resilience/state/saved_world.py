@@ -31,12 +31,14 @@ __all__ = [
 
 
 class OwnState(Protocol):
-    """What one rank alone knew: the JSON of its tree, and its tensors by key."""
+    """What one rank alone knew: the JSON of its tree, and its tensors by key with the fingerprint of each."""
 
     @property
     def values(self) -> bytes: ...
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]: ...
+    @property
+    def digests(self) -> Mapping[str, str]: ...
 
 
 class StoredWhole(Protocol):
@@ -123,7 +125,7 @@ class SavedWorld:
         place = layout_of(tree) or ParallelLayout.default(rank, world_size)
         if place.world_size != world_size:
             raise CorruptCopyError(f"Rank {rank} of the save stood in {place.in_words()}, among {world_size} ranks.")
-        return SavedRank(rank, place, tree, {key: fingerprint(tensor) for key, tensor in state.tensors.items()})
+        return SavedRank(rank, place, tree, dict(state.digests))
 
 
 def tree_of(values: bytes) -> dict[str, Any]:

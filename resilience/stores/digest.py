@@ -7,12 +7,21 @@ each time it takes it back can cost a switch interval.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import xxhash
 
-__all__ = ["ALGORITHM", "SEGMENT_BYTES", "SegmentedDigest", "digest_of", "is_digest", "segments"]
+__all__ = [
+    "ALGORITHM",
+    "SEGMENT_BYTES",
+    "SegmentedDigest",
+    "combined",
+    "digest_of",
+    "is_digest",
+    "segment_digests",
+    "segments",
+]
 
 ALGORITHM: Final = "xxh3-128-32m"
 SEGMENT_BYTES: Final = 32 << 20
@@ -29,7 +38,17 @@ class SegmentedDigest:
         self._digests.append(xxhash.xxh3_128_digest(segment))
 
     def value(self) -> str:
-        return f"{ALGORITHM}:{xxhash.xxh3_128_hexdigest(b''.join(self._digests))}"
+        return combined(self._digests)
+
+
+def combined(digests: Iterable[bytes]) -> str:
+    """The digest's text, given those of the segments in order."""
+    return f"{ALGORITHM}:{xxhash.xxh3_128_hexdigest(b''.join(digests))}"
+
+
+def segment_digests(content: memoryview) -> list[bytes]:
+    """16 bytes for each segment of a shard."""
+    return [xxhash.xxh3_128_digest(content[start:stop]) for start, stop in segments(len(content))]
 
 
 def segments(nbytes: int) -> Iterator[tuple[int, int]]:

@@ -37,7 +37,7 @@ from resilience.stores.records import (
     is_name,
 )
 
-__all__ = ["CopyLocation", "NodeStore", "shard_name"]
+__all__ = ["CopyLocation", "NodeStore", "locate_copy", "shard_name"]
 
 CERTIFICATE: Final = "complete.json"
 ATTEMPTS: Final = "attempts"
@@ -422,6 +422,27 @@ def _node_save(place: tuple[SaveId, str, Tier], copies: dict[int, CopyLocation],
         certified=save in found.certificates,
         split=records[0].split,
     )
+
+
+def locate_copy(
+    stores: Iterable[NodeStore], save: SaveId, owner: int, world_size: int, node_dir: str, tier: Tier
+) -> CopyLocation:
+    """The copy in `node_dir`, in whichever of a node's stores it is: a directory may hold saves of both node tiers, so
+
+    that the record tells. FileNotFoundError, or what is wrong with what lies there.
+    """
+    problem: Exception = FileNotFoundError(f"the {tier} copy of rank {owner}'s shard in {node_dir} is gone")
+    for store in stores:
+        try:
+            location = store.locate(save, owner, world_size, node_dir)
+        except FileNotFoundError:
+            continue
+        except (ResilienceError, OSError) as error:
+            problem = error
+            continue
+        if location.record.tier == tier:
+            return location
+    raise problem
 
 
 def iteration_folder(iteration: int) -> str:

@@ -60,10 +60,13 @@ class ShardHeader:
     values: tuple[int, int]  # where the plain values' JSON lies, padding excluded
 
 
-def read_header(content: memoryview, what: str) -> ShardHeader:
-    """Parse and validate the header of the shard whose whole bytes are `content`; CorruptCopyError names `what`."""
+def read_header(content: memoryview, what: str, nbytes: int | None = None) -> ShardHeader:
+    """Parse and validate the header of the shard whose whole bytes are `content`; CorruptCopyError names `what`.
+
+    `nbytes`: the shard's length, where `content` is its beginning only.
+    """
     try:
-        return _read(content)
+        return _read(content, len(content) if nbytes is None else nbytes)
     except CorruptCopyError as error:
         raise CorruptCopyError(f"{what}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
@@ -78,7 +81,7 @@ def check_header(header: ShardHeader, record: ShardRecord, what: str) -> None:
         raise CorruptCopyError(f"{what}: its header says {found}, its record {expected}.")
 
 
-def _read(content: memoryview) -> ShardHeader:
+def _read(content: memoryview, nbytes: int) -> ShardHeader:
     if len(content) < 8:
         raise CorruptCopyError(f"{len(content)} bytes are too few.")
     size = int.from_bytes(content[:8], "little")
@@ -102,8 +105,8 @@ def _read(content: memoryview) -> ShardHeader:
     values_start, values_stop = (data_start + _integer(x) for x in fields[_VALUES_KEY]["data_offsets"])
     if set(fields) != set(pieces) | {_VALUES_KEY}:
         raise CorruptCopyError("its index and its tensors differ.")
-    if values_start != position or values_stop != len(content):
-        raise CorruptCopyError(f"its tensors do not fill its {len(content)} bytes.")
+    if values_start != position or values_stop != nbytes:
+        raise CorruptCopyError(f"its tensors do not fill its {nbytes} bytes.")
     used = _integer(identity["values_bytes"])
     if not 0 <= used <= values_stop - values_start:
         raise CorruptCopyError("its values are longer than their room.")

@@ -115,9 +115,29 @@ def test_a_flipped_header_is_as_bad_as_a_flipped_byte(capsys: Any, world: World)
     assert [bad["owner"] for bad in document["bad_copies"]] == [0]
 
 
-def test_another_world_size_is_said_to_be_in_the_way(capsys: Any, world: World) -> None:
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_another_world_size_would_resume_from_the_same_save(capsys: Any, world: World, world_size: int) -> None:
     world.save(10)
-    document = ask_json(capsys, "explain", "--world-size", 8, *world.local, status=1)
+    document = ask_json(capsys, "explain", "--world-size", world_size, *world.local)
+    assert document["decision"] == decided(10)
+    assert (document["world_size"], document["saved_by"]) == (world_size, 4)
+    assert [each["owner"] for each in document["shown"]] == [0, 1, 2, 3]
+    assert {each["rank"] for each in document["shown"]} <= set(range(world_size))
+
+
+def test_a_bad_copy_is_found_before_a_start_of_another_world_size(capsys: Any, world: World) -> None:
+    save = world.save(10)
+    first = ask_json(capsys, "explain", "--world-size", 3, *world.local)["shown"][0]
+    flip(world.shard(save, 0, first["node"]), at=-10)
+    document = ask_json(capsys, "explain", "--world-size", 3, *world.local)
+    assert document["decision"] == decided(10)
+    assert [(bad["owner"], bad["where"]) for bad in document["bad_copies"]] == [(0, first["node"])]
+    assert document["shown"][0]["node"] != first["node"]
+
+
+def test_another_world_size_is_in_the_way_without_elastic(capsys: Any, world: World) -> None:
+    world.save(10)
+    document = ask_json(capsys, "explain", "--world-size", 8, "--no-elastic", *world.local, status=1)
     assert document["world_size"] == 8
     assert "saved by 4 ranks, and this start has 8" in str(document["passed_over"])
 

@@ -349,8 +349,10 @@ def test_two_copies_in_one_failure_domain_are_refused_at_a_first_start_only(worl
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_saves_of_another_world_size_are_passed_over_with_the_reason(world: World, world_size: int) -> None:
-    again = with_saves_at_3_and_6(world)
+def test_without_elastic_saves_of_another_world_size_are_passed_over_with_the_reason(
+    world: World, world_size: int
+) -> None:
+    again = replace(with_saves_at_3_and_6(world), resiliency={"elastic": False})
     outcomes = world.run(replace(again, nodes=("a", "b", "c")[:world_size]))
     assert {outcome.error for outcome in outcomes} == {"NoUsableSaveError"}
     assert f"saved by 2 ranks, and this start has {world_size}" in outcomes[0].message

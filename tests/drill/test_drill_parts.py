@@ -27,6 +27,7 @@ from resilience.drill.result import (
     StrikeRecord,
     digest_of,
     goodput_of,
+    loss_difference,
     problems_of,
     recoveries,
     stall_per_save,
@@ -348,6 +349,43 @@ def test_a_drill_passes_only_if_all_that_was_to_happen_happened_and_the_ends_are
     unfinished, no_digest = problems_of(scenario, [record], [], events[:-1], None, "b")
     assert "ranks [1]" in unfinished
     assert "the drill" in no_digest
+
+
+def test_where_the_world_size_changed_losses_are_compared_and_not_bits() -> None:
+    scenario = Scenario(nodes=3, spares=0, elastic=True, train_iters=10, faults=(parse_fault("lose:node=2@7"),))
+    record = StrikeRecord(scenario.strikes[0], 7.5, 8.25, 7)
+    events = two_attempts()  # two ranks finish, as many as are left
+    assert problems_of(scenario, [record], [], events, "a", "b", 0.01) == []
+    assert problems_of(scenario, [record], [], events, "a", "b", None) == [], "a script that tells no loss"
+    (apart,) = problems_of(scenario, [record], [], events, "a", "b", 0.8)
+    assert "differs by up to 80.0%" in apart
+    (no_digest,) = problems_of(scenario, [record], [], events, None, "b", 0.01)
+    assert "No digest" in no_digest, "every rank that is left has to have come to its end"
+
+
+def test_the_loss_that_counts_is_the_one_that_was_told_last() -> None:
+    told = [
+        {"event": "metric", "name": "loss", "iteration": at, "value": value}
+        for at, value in [(5, 4.0), (10, 9.0), (10, 3.0), (15, 2.0)]
+    ]
+    assert loss_difference(told, [(5, 4.0), (10, 2.0), (20, 1.0)]) == pytest.approx(0.5)
+    assert loss_difference(told, [(40, 2.0)]) is None
+
+
+def test_all_ranks_wait_for_a_node_that_is_to_join(tmp_path: Path) -> None:
+    scenario = Scenario(nodes=2, spares=0, elastic=True, train_iters=20, faults=(parse_fault("join:node=5@7"),))
+    plan = Plan(scenario, tmp_path, ("script",))
+    for node in (0, 1):
+        variables = fault_variables(plan, node, scenario.strikes) | {"RESILIENCE_DRILL": "1"}
+        parts = [Rehearsal.from_environment(variables, rank) for rank in (0, 1)]
+        assert [part.due(7) for part in parts if part] == ["hold", "hold"]
+    progress = JobProgress()
+    for rank in (0, 1):
+        of_rank = {"t": 1.0, "rank": rank, "pid": 10 + rank, "node": f"node{rank}"}
+        progress.take({"event": "start", **of_rank})
+        assert not progress.is_due(scenario.faults[0])
+        progress.take({"event": "hold", "iteration": 7, **of_rank})
+    assert progress.is_due(scenario.faults[0])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")

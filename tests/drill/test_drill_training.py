@@ -12,7 +12,7 @@ import pytest
 from resilience.cli_drill import predict
 from resilience.drill.drill import run_drill
 from resilience.drill.environment import Plan
-from resilience.drill.result import DrillResult
+from resilience.drill.result import LOSS_TOLERANCE, DrillResult
 from resilience.drill.scenario import Scenario, parse_fault
 from resilience.drill.story import Story
 
@@ -100,3 +100,31 @@ def test_training_goes_on_where_a_nodes_mount_is_full(save_type: str, tmp_path: 
     assert (full.resumed_from, full.lost_iterations) == (None, 0)
     if save_type == "local":  # in memory, what was reserved before is enough
         assert result.saves_failed > 0
+
+
+@pytest.mark.long
+def test_nodes_shrink_from_four_to_three_to_two_and_grow_again_while_training_goes_on(
+    tmp_path: Path, repository: Path
+) -> None:
+    """The end is not that of an undisturbed run, bit for bit, and the drill says so; its loss is."""
+    specs = ("lose:node=3@13", "lose:node=1@23", "join:node=4@33", "join:node=3@33")
+    scenario = Scenario(
+        nodes=4, spares=0, elastic=True, train_iters=45, persist_every=0, faults=tuple(map(parse_fault, specs))
+    )
+    script = (str(repository / "examples" / "gpt.py"), "--batch", "8")
+    told = io.StringIO()
+    result = run_drill(Plan(scenario, tmp_path / "out", script, timeout_s=550), Story(told), explain=predict)
+    assert result.problems == [], told.getvalue()
+    assert result.passed
+    assert result.world_sizes == [4, 3, 2, 4]
+    assert result.bit_identical is None
+    assert "4 → 3 → 2 → 4" in result.why_not_bits
+    assert result.loss_difference is not None
+    assert result.loss_difference < LOSS_TOLERANCE
+    resumed = [(fault.resumed_from or {}).get("iteration") for fault in result.faults]
+    assert resumed == [10, 20, 30, 30], "from the nodes alone: there is no persistent checkpoint"
+    assert all(fault.predicted for fault in result.faults)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert [size in page for size in ("3 ranks", "2 ranks")] == [True, True]
+    assert 'class="climb undisturbed"' in page
+    assert "Its bits are not compared" in page

@@ -62,6 +62,12 @@ def scenario(*specs: str, **shape: object) -> Scenario:
         (["kill:rank=0@0"], {}, "not within"),
         (["kill:rank=0@20", "kill:rank=0@20"], {}, "given twice"),
         (["torn:node=0@20"], {"save_type": "global"}, "no node holds copies"),
+        (["join:node=5@20"], {}, "nodes join an elastic job only"),
+        (["join:node=1@20"], {"elastic": True}, "that node trains or waits then"),
+        (["join:node=4@20"], {"elastic": True, "spares": 1}, "that node trains or waits then"),
+        (["join:node=64@20"], {"elastic": True}, "none of 0…63"),
+        (["lose:node=0@20", "lose:node=1@30"], {"elastic": True, "nodes": 2, "spares": 0}, "no spare is left"),
+        (["lose:node=3@20", "kill:rank=3@30"], {"elastic": True, "spares": 0}, r"ranks are 0…2"),
         ([], {"nodes": 0}, "--nodes 0"),
         ([], {"nodes": 40, "ranks_per_node": 10}, "too many for one machine"),
     ],
@@ -74,6 +80,18 @@ def test_faults_that_do_not_fit_the_shape_are_refused(specs: list[str], shape: d
 def test_a_spare_takes_the_place_of_the_lost_node_and_can_be_lost_itself() -> None:
     plan = scenario("lose:node=4@30", "lose:node=2@20", "stop:node=5@40", spares=2)
     assert rosters(plan) == ((0, 1, 2, 3), (0, 1, 4, 3), (0, 1, 5, 3), (0, 1, 5, 3))
+
+
+def test_an_elastic_job_goes_on_without_a_lost_node_and_with_those_that_join() -> None:
+    plan = scenario(
+        "lose:node=0@10", "lose:node=2@20", "join:node=0@30", "join:node=7@30", "stop:node=7@40",
+        elastic=True, spares=0, ranks_per_node=2,
+    )  # fmt: skip
+    assert rosters(plan) == ((0, 1, 2, 3), (1, 2, 3), (1, 3), (1, 3, 0, 7), (1, 3, 0, 7))
+    assert plan.world_sizes == (8, 6, 4, 8, 8)
+    assert plan.resized
+    with_a_spare = scenario("lose:node=0@10", elastic=True, spares=1)
+    assert (with_a_spare.world_sizes, with_a_spare.resized) == ((4, 4), False)
 
 
 def test_faults_of_one_iteration_strike_together() -> None:

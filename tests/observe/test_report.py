@@ -161,6 +161,24 @@ def test_the_page_says_what_a_reader_wants_to_know_first() -> None:
     assert "It hung." in render(run_of(failed))
 
 
+def test_the_loss_is_drawn_over_all_attempts_beside_that_of_an_undisturbed_run() -> None:
+    events = [each | ({"world_size": 1} if each["event"] == "start" and each["t"] > 10 else {}) for each in a_run()]
+    events = [each | ({"passed": True, "bit_identical": None} if each["event"] == "verdict" else {}) for each in events]
+    events[-1] |= {"why_not_bits": "the number of ranks changed (2 → 1)", "loss_difference": 0.031}
+    events += [
+        event(1, "metric", DRILL_RANK, node="drill", name="undisturbed_loss", iteration=at, value=5.0 - at / 10)
+        for at in range(1, 11)
+    ]
+    page = render(run_of(events))
+    loss = page[page.index('class="chart loss"') : page.index("</svg>", page.index('class="chart loss"'))]
+    assert loss.count("<polyline") == 3, "the undisturbed run's, and a piece for each attempt"
+    assert loss.count('class="climb undisturbed"') == 1
+    assert ("2 ranks" in loss, "1 rank<" in loss) == (True, True)
+    assert "Its bits are not compared" in page
+    assert "The loss stays within 3.1 % of that run’s" in page
+    assert "every bit of it is equal" not in page
+
+
 def test_many_nodes_are_drawn_as_those_with_a_story_and_the_rest() -> None:
     text = render(run_of(a_run(300)))
     lanes = re.findall(r'<g class="lane[^"]*">', text)

@@ -133,9 +133,39 @@ def test_parity_is_no_copy() -> None:
 
 
 def test_a_persistent_save_of_another_world_size_is_usable() -> None:
-    decision = decide(sources(*pair(save(40), world=4), shared=[folder(save(20), world=4)]), world=2)
+    decision = decide(sources(shared=[folder(save(20), world=4)]), world=2)
     assert chosen(decision)[0] == 20
-    assert reasons(decision).keys() == {40}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_the_newest_save_is_elected_whatever_its_world_size(world: int) -> None:
+    saves = [*pair(save(30), world=2), *pair(save(40, 2), world=4), *pair(save(35, 2), world=3)]
+    decision = decide(sources(*saves), world=world)
+    assert chosen(decision) == (40, 2, "in_memory")
+    assert decision.chosen is not None
+    assert decision.chosen.world_size == 4
+    assert Decision.from_json(decision.to_json()) == decision
+
+
+def test_a_save_of_another_world_size_that_lacks_an_owner_is_passed_over() -> None:
+    torn = [each for each in pair(save(40, 2), world=4) if each.node_id in ("n0", "n3")]  # nobody has rank 1's
+    decision = decide(sources(*torn, *pair(save(30), world=3)), world=2)
+    assert chosen(decision)[0] == 30
+    assert "no usable copy of the shard of rank 1" in reasons(decision)[40]
+
+
+def test_copies_of_one_save_under_two_world_sizes_are_not_put_together() -> None:
+    of_two, of_four = pair(save(40), world=2), pair(save(40), world=4)
+    decision = decide(sources(of_two[0], *of_four), world=2)
+    assert decision.chosen is not None
+    assert decision.chosen.world_size == 4, "more copies say so"
+
+
+def test_with_elastic_switched_off_node_saves_of_another_world_size_are_passed_over_for_older_ones() -> None:
+    saves = sources(*pair(save(40, 2), world=4), *pair(save(30), world=2))
+    decision = decide(saves, world=2, policy=ElectionPolicy(elastic=False))
+    assert chosen(decision)[0] == 30
+    assert "saved by 4 ranks, and this start has 2" in reasons(decision)[40]
 
 
 def test_not_so_where_elastic_restarts_are_switched_off() -> None:
@@ -144,8 +174,8 @@ def test_not_so_where_elastic_restarts_are_switched_off() -> None:
     assert "saved by 4 ranks, and this start has 2" in reasons(decision)[20]
 
 
-def test_shards_of_another_world_size_are_passed_over_and_never_read_as_no_save_at_all() -> None:
-    decision = decide(sources(*pair(save(40), world=4)), world=2)
+def test_saves_that_are_passed_over_for_their_world_size_are_never_read_as_no_save_at_all() -> None:
+    decision = decide(sources(*pair(save(40), world=4)), world=2, policy=ElectionPolicy(elastic=False))
     assert reasons(decision).keys() == {40}
     assert all("saved by 4 ranks, and this start has 2" in reason for reason in reasons(decision).values())
     with pytest.raises(NoUsableSaveError, match="iteration 40"):

@@ -38,6 +38,7 @@ class Start:
     every: int = 5
     options: tuple[tuple[str, Any], ...] = ()
     run_id: str | None = None
+    keep: bool = False  # what lies on the nodes, although the run has finished
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def work(rank: int, start: Start) -> Ran:
     training = Training(ParallelLayout(**start.sizes), start.dropout)
     interval = {"save_interval": start.every} if start.save else {}
     checkpoint = CheckpointConfig(save=start.save, load=start.load, **interval, **dict(start.options))
-    resiliency = ResiliencyConfig(run_id=start.run_id, memory_dir=start.memory, exchange_timeout_s=60.0)
+    resiliency = ResiliencyConfig(
+        run_id=start.run_id, memory_dir=start.memory, exchange_timeout_s=60.0, keep_after_success=start.keep
+    )
     with training.trainer(checkpoint=checkpoint, resiliency=resiliency) as trainer:
         resumed = trainer.resumed_from
         parts = parts_of(trainer) if resumed else []

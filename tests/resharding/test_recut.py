@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from resilience import ParallelLayout, TrainingState
 from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError, SaveFailedError
 from resilience.state.reconcile import without_parts
 from resilience.state.tree import encode
-from tests.resharding.worlds import Holder, load, place, save
+from tests.resharding.worlds import Holder, load, place, read_from, save
+
+
+@pytest.fixture(params=["checkpoint", "fully_parallel", pytest.param("atomic", marks=pytest.mark.long)], autouse=True)
+def source(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What is loaded: a persistent checkpoint, or the shards of a save on nodes. One set of rules holds for both."""
+    with read_from(request.param):
+        yield request.param
 
 
 class Net(nn.Module):
@@ -410,12 +417,26 @@ def test_data_goes_on_behind_the_same_samples_however_many_share_it(tmp_path: Pa
     assert not rest & set().union(*seen[6:])
 
 
-def test_a_place_between_two_steps_of_here_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dp", "batch"), [(4, 4), (3, 1), (5, 2)])
+def test_data_goes_on_to_the_sample_also_between_two_steps_of_here(tmp_path: Path, dp: int, batch: int) -> None:
+    """And what was begun so can be handed on again, to others and to ranks that are restarted."""
     states = ranks(2, reading(4), dp=2)
-    drawn(states, 1)
-    save(tmp_path, states)
-    with pytest.raises(LayoutMismatchError, match="8 samples of the epoch were seen, which are no multiple of the 16"):
-        load(tmp_path, ranks(4, reading(4), dp=4)[0])
+    seen = set().union(*drawn(states, 1))
+    save(tmp_path / "first", states)
+    here = ranks(dp, reading(batch), dp=dp)
+    for state in here:
+        assert any("8 samples into their epoch" in note for note in load(tmp_path / "first", state).notes)
+    then = set().union(*drawn(here, 1))
+    assert (len(then), then & seen) == (dp * batch, set())
+    save(tmp_path / "second", here)
+    rest = set(range(48)) - seen - then
+    for again in (ranks(dp, reading(batch), dp=dp), ranks(1, reading(1), dp=1)):
+        for state in again:
+            load(tmp_path / "second", state)
+        steps = len(rest) // (len(again) * again[0].loader.loader.batch_size)
+        last = set().union(*drawn(again, steps))
+        assert last <= rest
+        assert len(last) == steps * len(again) * again[0].loader.loader.batch_size, "none twice"
 
 
 def test_another_order_of_the_samples_is_refused(tmp_path: Path) -> None:
