@@ -197,8 +197,9 @@ class ShardBringer:
             return b""
         what = f"{needed} bytes of shards of iteration {save.iteration} are fetched for this load, then freed"
         self._tell("memory", what=what)
-        places = ("memory", "shared_memory") if self._keeper.file_is_arena else ("memory", "disk")
-        free = [found for place in places if (found := self._available().get(place)) is not None]
+        room = self._available()  # they land among the arenas: in memory, if any directory of the node is
+        places = ("disk",) if room.get("shared_memory") is None else ("memory", "shared_memory")
+        free = [found for place in places if (found := room.get(place)) is not None]
         if free and needed > min(free):
             raise MemoryBudgetError(
                 f"The node cannot take in what it needs: {what}, and {min(free)} are free.",

@@ -139,7 +139,7 @@ def test_a_node_without_room_for_what_it_needs_refuses_before_anything_is_fetche
 def without_room(training: Training) -> None:
     elastic(training)
     if training.node == "new":
-        assembly.available_bytes = lambda *_: {"memory": 1000, "shared_memory": None, "disk": None}  # type: ignore[assignment]
+        assembly.available_bytes = lambda *_: {"memory": 1000, "shared_memory": 10**9, "disk": None}  # type: ignore[assignment]
 
 
 # -- from four to three to two and to four again ----------------------------------------------------------------------
