@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from resilience.errors import CorruptCopyError, MemoryBudgetError, ResilienceError
+from resilience.errors import CorruptCopyError, DivergedRanksError, MemoryBudgetError, ResilienceError
 from resilience.job import Job
 from resilience.planning.assembly import Assembly, Move, Shown, plan_moves, readers
 from resilience.planning.decision import Strike
@@ -144,7 +144,7 @@ class ShardBringer:
         """
         self.let_go()
         told = share(self._setup, lambda: _packed(wanted()))
-        asked = [_unpacked(payload) for payload in told]
+        asked = [_unpacked(payload, digests) for payload in told]
         nodes = self._job.nodes
         moves = plan_moves(assembly, nodes, asked)
         share(self._setup, lambda: self._check_room(save, moves))
@@ -324,8 +324,15 @@ def _packed(wanted: Mapping[int, set[int]]) -> bytes:
     return json.dumps([[owner, sorted(numbers)] for owner, numbers in sorted(wanted.items())]).encode()
 
 
-def _unpacked(payload: bytes) -> dict[int, set[int]]:
-    return {owner: set(numbers) for owner, numbers in json.loads(payload)}
+def _unpacked(payload: bytes, digests: Mapping[int, Sequence[bytes]]) -> dict[int, set[int]]:
+    """What another rank wants; DivergedRanksError if it speaks of segments that no shard has."""
+    try:
+        wanted = {owner: set(numbers) for owner, numbers in json.loads(payload)}
+        if all(numbers <= set(range(len(digests[owner]))) for owner, numbers in wanted.items()):
+            return wanted
+    except (ValueError, KeyError, TypeError) as error:
+        raise DivergedRanksError(f"a rank asks for parts of shards in words that make no sense ({error!r}).") from error
+    raise DivergedRanksError("a rank asks for segments that no shard has.")
 
 
 def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
