@@ -1,4 +1,4 @@
-"""What ranks say to each other while they bring shards together, in rounds; and a rank that fails keeps nobody waiting."""
+"""What ranks say to each other while they bring shards together, in rounds; one that fails keeps nobody waiting."""
 
 from __future__ import annotations
 
