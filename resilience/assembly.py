@@ -143,7 +143,7 @@ def _assemble(
     )
     assembler = _assembler(checkpoint, job, communicator, setup, stores, keeper, shared.peers, fs, tell, threads)
     restorer = Restorer(
-        job, setup, run_id, attempt, stores, gatherer, assembler, shared, topology, policy, clock, tell
+        job, setup, run_id, attempt, stores, gatherer, shared, topology, policy, clock, tell, assembler
     )  # fmt: skip
     return Start(
         job,

@@ -53,12 +53,12 @@ class Restorer:
     attempt: str  # drawn by the leader; equal on all ranks
     stores: tuple[NodeStore, ...]
     gatherer: ShardGatherer | None
-    assembler: AssemblyLoader | None
     shared: SharedLoader
     topology: Topology
     policy: ElectionPolicy
     clock: Clock
     tell: Callable[..., None]
+    assembler: AssemblyLoader | None = None  # of saves of another world size on nodes; where there are node stores
 
     def run(self, state: TrainingState) -> tuple[Plan, Resume | None]:
         """Elect, retrieve and load. Returns the plan and, unless this is a fresh start, what was resumed from."""

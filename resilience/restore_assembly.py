@@ -132,10 +132,18 @@ class AssemblyLoader:
 
         marks = {owner: small_marks(shard) for owner, shard in shards.items()}
         for payload in share(self.setup, mark):
-            for owner, told in json.loads(payload).items():
-                marks[int(owner)] |= told
+            _take_marks(payload, marks)
         together = parts_together(headers, marks)
         folder = self.store.shard_path(chosen.save, 0, assembly.world_size).parent
         record = FolderRecord(chosen.run_id or "", chosen.save, assembly.world_size, "shards", {})
         here = [copy.owner for copy in assembly.local if copy.node == self.job.node_id]
         return ShardsReader(folder, record, shards, together, here, self.bringer.content)
+
+
+def _take_marks(payload: bytes, marks: Mapping[int, dict[str, str]]) -> None:
+    """What a rank told of pieces that it shows; which ones are lacking shows when they are looked for."""
+    try:
+        for owner, told in json.loads(payload).items():
+            marks[int(owner)].update({str(key): str(mark) for key, mark in told.items()})
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptCopyError(f"what a rank told of its shards makes no sense ({error!r}).") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from resilience.errors import CorruptCopyError, MemoryBudgetError, ResilienceError
+from resilience.errors import CorruptCopyError, DivergedRanksError, MemoryBudgetError, ResilienceError
 from resilience.job import Job
 from resilience.planning.assembly import Assembly, Move, Shown, plan_moves, readers
 from resilience.planning.decision import Strike
@@ -144,10 +144,10 @@ class ShardBringer:
         """
         self.let_go()
         told = share(self._setup, lambda: _packed(wanted()))
-        asked = [_unpacked(payload) for payload in told]
+        asked = [_unpacked(payload, digests) for payload in told]
         nodes = self._job.nodes
         moves = plan_moves(assembly, nodes, asked)
-        share(self._setup, lambda: self._check_room(save, assembly, moves))
+        share(self._setup, lambda: self._check_room(save, moves))
         strikes: list[Strike] = []
 
         def verify_local() -> None:
@@ -155,7 +155,7 @@ class ShardBringer:
 
         def move() -> bytes:
             arrived = self._move(save, assembly, moves, digests, verify_local)
-            strikes.extend(self._land(save, assembly, arrived, moves))
+            strikes.extend(self._land(save, arrived))
             return json.dumps([[each.where, each.tier, each.owner] for each in strikes]).encode()
 
         told = share(self._setup, move)
@@ -188,17 +188,18 @@ class ShardBringer:
         self._opened.clear()
         self._verified.clear()
 
-    def _check_room(self, save: SaveId, assembly: Assembly, moves: Sequence[Move]) -> bytes:
+    def _check_room(self, save: SaveId, moves: Sequence[Move]) -> bytes:
         """What comes to this node has to fit beside what is there. By the node's leader; MemoryBudgetError."""
         if not self._job.leads_node:
             return b""
-        needed = sum(_nbytes(assembly, move) for move in moves if move.to_node == self._job.node_id)
+        needed = sum(_nbytes(move) for move in moves if move.to_node == self._job.node_id)
         if not needed:
             return b""
         what = f"{needed} bytes of shards of iteration {save.iteration} are fetched for this load, then freed"
         self._tell("memory", what=what)
-        places = ("memory", "shared_memory") if self._keeper.file_is_arena else ("memory", "disk")
-        free = [found for place in places if (found := self._available().get(place)) is not None]
+        room = self._available()  # they land among the arenas: in memory, if any directory of the node is
+        places = ("disk",) if room.get("shared_memory") is None else ("memory", "shared_memory")
+        free = [found for place in places if (found := room.get(place)) is not None]
         if free and needed > min(free):
             raise MemoryBudgetError(
                 f"The node cannot take in what it needs: {what}, and {min(free)} are free.",
@@ -226,11 +227,10 @@ class ShardBringer:
         meanwhile: Callable[[], None],
     ) -> list[Fetched]:
         self._rounds += 1
-        shown = {each.owner: each for each in assembly.shown}
         by_place = {(move.owner, move.to_node): move for move in moves}
         fetches = []
         for move in moves:
-            source = shown[move.owner]
+            source = move.source
             digest = combined(digests[move.owner][number] for number in move.segments)
             fetches.append(
                 Fetch(
@@ -241,14 +241,14 @@ class ShardBringer:
                     move.from_rank,
                     move.to_node,
                     move.to_rank,
-                    _nbytes(assembly, move),
+                    _nbytes(move),
                     digest,
                 )
             )
 
         def read(fetch: Fetch) -> _Segments:
-            shard = self._open(save, assembly, shown[fetch.owner])
-            return _Segments(shard, by_place[fetch.owner, fetch.to_node].segments)
+            move = by_place[fetch.owner, fetch.to_node]
+            return _Segments(self._open(save, assembly, move.source), move.segments)
 
         def land(fetch: Fetch) -> Arena:
             path = self._landing(fetch.owner)
@@ -262,9 +262,7 @@ class ShardBringer:
             reserve=self._keeper.reserve_room, meanwhile=meanwhile, threads=self._threads,
         )  # fmt: skip
 
-    def _land(
-        self, save: SaveId, assembly: Assembly, arrived: Sequence[Fetched], moves: Sequence[Move]
-    ) -> list[Strike]:
+    def _land(self, save: SaveId, arrived: Sequence[Fetched]) -> list[Strike]:
         """What came is held against the digest by now; what did not come, or differs, is struck off."""
         strikes: list[Strike] = []
         for got in arrived:
@@ -318,17 +316,23 @@ class _Segments:
         return min(SEGMENT_BYTES, len(self._content) - number * SEGMENT_BYTES)
 
 
-def _nbytes(assembly: Assembly, move: Move) -> int:
-    whole = next(each.nbytes for each in assembly.shown if each.owner == move.owner)
-    return sum(min(SEGMENT_BYTES, whole - number * SEGMENT_BYTES) for number in move.segments)
+def _nbytes(move: Move) -> int:
+    return sum(min(SEGMENT_BYTES, move.source.nbytes - number * SEGMENT_BYTES) for number in move.segments)
 
 
 def _packed(wanted: Mapping[int, set[int]]) -> bytes:
     return json.dumps([[owner, sorted(numbers)] for owner, numbers in sorted(wanted.items())]).encode()
 
 
-def _unpacked(payload: bytes) -> dict[int, set[int]]:
-    return {owner: set(numbers) for owner, numbers in json.loads(payload)}
+def _unpacked(payload: bytes, digests: Mapping[int, Sequence[bytes]]) -> dict[int, set[int]]:
+    """What another rank wants; DivergedRanksError if it speaks of segments that no shard has."""
+    try:
+        wanted = {owner: set(numbers) for owner, numbers in json.loads(payload)}
+        if all(numbers <= set(range(len(digests[owner]))) for owner, numbers in wanted.items()):
+            return wanted
+    except (ValueError, KeyError, TypeError) as error:
+        raise DivergedRanksError(f"a rank asks for parts of shards in words that make no sense ({error!r}).") from error
+    raise DivergedRanksError("a rank asks for segments that no shard has.")
 
 
 def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
