@@ -1,7 +1,7 @@
 """A real Slurm cluster on this host: one slurmctld, several slurmd with names of their own, munge with its own key.
 
-Everything lies below one directory and is ended by process id. A node dies as a machine does: its slurmd, the steps that it
-started and every process below them, at once.
+Everything lies below one directory and is ended by process id. A node dies as a machine does: its slurmd, the steps that
+it started and every process below them, at once.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _munge(made: Cluster) -> None:
         env=made.env, stdout=log, stderr=log, user=user.pw_uid, group=user.pw_gid, start_new_session=True,
     )  # fmt: skip
     log.close()
-    wait_until(lambda: (home / "socket").exists(), _UP_S, "munged answers")
+    wait_until((home / "socket").exists, _UP_S, "munged answers")
 
 
 def _configuration(made: Cluster) -> str:
