@@ -1,4 +1,4 @@
-"""What Slurm says about the job that this process belongs to. Asked with a bound: its controller may be slow or gone."""
+"""What Slurm says about the job that this process belongs to. Asked with a bound: the controller may be gone."""
 
 from __future__ import annotations
 

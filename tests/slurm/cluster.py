@@ -1,7 +1,7 @@
 """A real Slurm cluster on this host: one slurmctld, several slurmd with names of their own, munge with its own key.
 
-Everything lies below one directory and is ended by process id. A node dies as a machine does: its slurmd, the steps that
-it started and every process below them, at once.
+Everything lies below one directory and is ended by process id. A node dies as a machine does: its slurmd, the steps
+that it started and every process below them, at once.
 """
 
 from __future__ import annotations
