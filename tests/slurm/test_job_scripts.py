@@ -126,7 +126,8 @@ REPLICATED = {"RESILIENCE_CHECKPOINT__REPLICATION": "true"}
 
 
 def test_a_lost_node_puts_the_job_back_into_the_queue_and_it_resumes_from_replicas(job: Job) -> None:
-    job.submit("requeue.sbatch", "--nodes=2", iterations=120, **REPLICATED)
+    # three of four nodes, so that the job gets those back that are left: on other ones there is nothing to resume from
+    job.submit("requeue.sbatch", "--nodes=3", iterations=120, **REPLICATED)
     wait_until(lambda: job.protected(10), WAIT_S, "a save is protected")
     lost = job.other_node()
     job.lose(lost)
