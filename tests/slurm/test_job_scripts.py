@@ -144,7 +144,7 @@ def test_a_lost_node_puts_the_job_back_into_the_queue_and_it_resumes_from_replic
 
 @pytest.mark.parametrize("form", ["B:USR2@60", "USR2@60"])
 def test_before_the_time_limit_the_job_saves_stops_and_goes_back_into_the_queue(job: Job, form: str) -> None:
-    job.submit("requeue.sbatch", "--nodes=1", "--time=2", f"--signal={form}", iterations=100_000)
+    job.submit("requeue.sbatch", "--nodes=1", "--time=3", f"--signal={form}", iterations=100_000)
     wait_until(lambda: job.events("stop_requested"), WAIT_S, "the signal reaches a worker")
     job.hurry()
     assert job.slurm.job(job.number)["Restarts"] == "1"
