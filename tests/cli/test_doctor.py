@@ -111,3 +111,13 @@ def test_saves_on_one_node_without_shared_storage_are_warned_of(capsys: Any, con
 def test_a_configuration_that_is_not_there_is_wrong_usage(capsys: Any, tmp_path: Path) -> None:
     error = ask_json(capsys, "doctor", "--config", tmp_path / "none.yaml", status=2)["error"]
     assert "none.yaml" in error["message"]
+
+
+def test_a_job_script_is_looked_at_too(capsys: Any, config: Any, tmp_path: Path) -> None:
+    script = tmp_path / "job.sbatch"
+    script.write_text("#!/bin/bash\n#SBATCH --nodes=2\nsrun train\n")
+    document = ask_json(capsys, *config(), "--job-script", script)
+    assert document["ok"]
+    for option in ("--requeue", "--open-mode=append", "--signal"):
+        assert option in told(document, "warning")
+    ask_json(capsys, *config(), "--job-script", tmp_path / "nowhere", status=2)
