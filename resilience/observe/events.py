@@ -45,10 +45,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "replica_copies": (int,),
     "rebuilt": (int,),
     "passed_over": (list,),
+    "tiers": (list,),
+    "nodes": (list,),
+    "problems": (list,),
+    "decision": (dict,),
     "value": _NUMBER,
     "name": (str,),
     "digest": (str,),
 }
+_BEYOND_ANY_NUMBER = 1 << 63
 _REQUIRED = ("t", "node", "rank", "pid", "event")
 
 
@@ -251,6 +256,6 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
             continue
         if not isinstance(value, types) or isinstance(value, bool):
             return None
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, int | float) and not abs(value) < _BEYOND_ANY_NUMBER:  # nor is it NaN
             return None
     return event

@@ -207,8 +207,8 @@ class _Fields:
 
     def number(self, key: str) -> float:
         value = self.fields.get(key)
-        if type(value) not in (int, float):
-            raise self.wrong(key, "a number")
+        if type(value) not in (int, float) or not abs(cast(float, value)) < 1 << 63:
+            raise self.wrong(key, "a number below 2^63")
         return float(cast(float, value))
 
     def boolean(self, key: str) -> bool:
