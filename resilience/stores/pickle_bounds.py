@@ -46,11 +46,12 @@ def _operations(*, but: bytes = b"") -> bytes:
     return b"|".join((*fixed, one_line, b"[ci][^\\n]*+\\n[^\\n]*+\\n"))
 
 
-#: As many operations in a row as possible; and of such a row what puts into the memory and what fetches from it.
+#: As many operations in a row as possible; and of such a row what puts into the memory and what fetches from it (or its
+#: end, lest what follows the last one is looked through again from each byte).
 _ROW: Final = re.compile(b"(?>" + _operations() + b")*+", re.DOTALL)
 _TOUCHING: Final = re.compile(
     b"(?>(?!" + _any_of(_TUPLES) + b"[\\x94q])(?:" + _operations(but=b"\x94qhjg") + b"))*+"
-    b"(" + _any_of(_TUPLES) + b"?(?:\\x94|q.)|h.|j....|g[^\\n]*+\\n|\\Z)",  # the end too, lest it looks for another beginning
+    b"(" + _any_of(_TUPLES) + b"?(?:\\x94|q.)|h.|j....|g[^\\n]*+\\n|\\Z)",
     re.DOTALL,
 )  # fmt: skip
 
