@@ -6,7 +6,6 @@ copy off, on all ranks, and elects again; a structural mismatch (another model) 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from resilience.planning.inventory import Inventory, SaveId, Tier
 from resilience.planning.restore_plan import Plan, needed_owners, plan_restore
 from resilience.planning.topology import Topology
 from resilience.planning.typed_json import from_json
-from resilience.planning.wire import inventories_from_json, inventories_to_json
+from resilience.planning.wire import inventories_from_json, inventories_to_json, to_json
 from resilience.replication.assembling import BadCopiesError
 from resilience.replication.communicator import Agreements
 from resilience.replication.gathering import ShardGatherer
@@ -164,7 +163,7 @@ class Restorer:
                 plan = self._plan([*nodes, *self.shared.inventories(self.run_id)], strikes, final)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for the broadcast
             return _refusal(error)
-        return json.dumps(dataclasses.asdict(plan), separators=(",", ":")).encode()
+        return to_json(plan)
 
     def _plan(self, inventories: list[Inventory], strikes: frozenset[Strike], final: bool) -> Plan:
         return plan_restore(
@@ -308,7 +307,7 @@ class Restorer:
 
     def _told(self, kind: type[_Word], mine: _Word) -> list[_Word]:
         """Every rank's `kind`, in rank order. Collective."""
-        gathered = self.setup.gather(json.dumps(dataclasses.asdict(mine)).encode())
+        gathered = self.setup.gather(to_json(mine))
         return [from_json(kind, payload, f"what rank {rank} told") for rank, payload in enumerate(gathered)]
 
 

@@ -37,7 +37,7 @@ from resilience.replication.communicator import Agreements
 from resilience.reports import Resume
 from resilience.restore_staging import Peers, Stager
 from resilience.state.training_state import TrainingState
-from resilience.stores.digest import combined
+from resilience.stores.digest import algorithm_of, combined
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.node_store import NodeStore
 from resilience.stores.shared_records import FolderRecord
@@ -111,7 +111,7 @@ class AssemblyLoader:
                 planned = expected.get(header.owner)
                 if planned is None or (header.save, header.world_size) != (chosen.save, assembly.world_size):
                     raise CorruptCopyError(f"a shard of rank {header.owner} was told of that is not of this save.")
-                if (combined(shard.segments), shard.nbytes) != (planned.digest, planned.nbytes):
+                if (combined(shard.segments, algorithm_of(planned.digest)), shard.nbytes) != (planned.digest, planned.nbytes):
                     raise CorruptCopyError(f"what was told of rank {header.owner}'s shard is not of what was sealed.")
                 shards[header.owner] = shard
         if shards.keys() != expected.keys():

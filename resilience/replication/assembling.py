@@ -28,7 +28,7 @@ from resilience.replication.retrieval import Fetched, run_fetches
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena, bytes_of
 from resilience.snapshot.loader import OpenShard, open_shard
-from resilience.stores.digest import SEGMENT_BYTES, combined, segment_digests
+from resilience.stores.digest import SEGMENT_BYTES, algorithm_of, combined, segment_digests
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import NodeStore, locate_copy
 
@@ -112,11 +112,12 @@ class ShardBringer:
         if key in self._verified:
             return
         shard = self._open(save, assembly, copy)
-        digests = tuple(segment_digests(shard.mapped.view))
-        if combined(digests) != copy.digest:
+        digests = tuple(segment_digests(shard.mapped.view, algorithm_of(copy.digest)))
+        found = combined(digests, algorithm_of(copy.digest))
+        if found != copy.digest:
             path = shard.mapped.path
             self._opened.pop(path).close()
-            raise CorruptCopyError(f"{path} has digest {combined(digests)}, its owner computed {copy.digest}.")
+            raise CorruptCopyError(f"{path} has digest {found}, its owner computed {copy.digest}.")
         self._verified[key] = digests
 
     def _digests(self, save: SaveId, copy: Shown | LocalCopy) -> tuple[bytes, ...]:
@@ -231,7 +232,8 @@ class ShardBringer:
         fetches = []
         for move in moves:
             source = shown[move.owner]
-            digest = combined(digests[move.owner][number] for number in move.segments)
+            parts = (digests[move.owner][number] for number in move.segments)
+            digest = combined(parts, algorithm_of(source.digest))
             fetches.append(
                 Fetch(
                     move.owner,
