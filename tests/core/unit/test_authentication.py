@@ -114,7 +114,8 @@ def test_no_field_can_be_changed_by_who_can_compute_the_checksum_but_not_the_mac
     fields = json.loads(encode_record(strong(b"x", world_size=4), KEY))
     known: dict[str, Any] = {
         "run_id": "other", "attempt": "0" * 32, "generation": 99, "iteration": 99, "owner": 3, "bytes": 2,
-        "tier": "in_memory", "digest": digest_of(b"forged", STRONG), "mac": data.draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
+        "tier": "in_memory", "digest": digest_of(b"forged", STRONG),
+        "mac": data.draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
     }  # fmt: skip
     forged = {key: value for key, value in fields.items() if key not in ("schema_version", "checksum")}
     forged[field] = known[field]
