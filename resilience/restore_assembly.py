@@ -111,7 +111,10 @@ class AssemblyLoader:
                 planned = expected.get(header.owner)
                 if planned is None or (header.save, header.world_size) != (chosen.save, assembly.world_size):
                     raise CorruptCopyError(f"a shard of rank {header.owner} was told of that is not of this save.")
-                if (combined(shard.segments, algorithm_of(planned.digest)), shard.nbytes) != (planned.digest, planned.nbytes):
+                if (combined(shard.segments, algorithm_of(planned.digest)), shard.nbytes) != (
+                    planned.digest,
+                    planned.nbytes,
+                ):
                     raise CorruptCopyError(f"what was told of rank {header.owner}'s shard is not of what was sealed.")
                 shards[header.owner] = shard
         if shards.keys() != expected.keys():
