@@ -22,6 +22,7 @@ from resilience.job import Job, join_job, resolve_run_id, start_id
 from resilience.planning.decision import ElectionPolicy
 from resilience.planning.inventory import Tier
 from resilience.planning.topology import Topology, make_topology
+from resilience.planning.typed_json import from_plain, parsed
 from resilience.replication.assembling import ShardBringer
 from resilience.replication.authenticated import agree_on_key
 from resilience.replication.communicator import Agreements, Communicator
@@ -43,6 +44,7 @@ from resilience.stores.shared_store import SharedStore
 __all__ = ["Start", "agree_all", "assemble", "memory_directory"]
 
 _LOCK_WAIT_S = 20.0
+_STEP = "how a rank's step of the start went"
 _NONCE = ".nonce-"
 
 #: Draws a name of so many random bytes, in hexadecimal.
@@ -204,7 +206,8 @@ def agree_all(setup: Agreements, step: Callable[[], None]) -> None:
     except (ResilienceError, OSError) as error:
         problem = error
     mine = json.dumps(None if problem is None else [type(problem).__name__, str(problem)[:2000]])
-    told = [json.loads(payload) for payload in setup.gather(mine.encode())]
+    heard = setup.gather(mine.encode())
+    told = [from_plain(tuple[str, str] | None, parsed(each, _STEP), _STEP) for each in heard]
     if problem is not None:
         raise problem
     for rank, failed in enumerate(told):

@@ -32,6 +32,7 @@ from resilience.formats.shown_shard import (
 from resilience.job import Job
 from resilience.planning.assembly import Assembly
 from resilience.planning.decision import Candidate, Strike
+from resilience.planning.typed_json import from_json
 from resilience.replication.assembling import ShardBringer, share
 from resilience.replication.communicator import Agreements
 from resilience.reports import Resume
@@ -135,8 +136,10 @@ class AssemblyLoader:
 
         marks = {owner: small_marks(shard) for owner, shard in shards.items()}
         for payload in share(self.setup, mark):
-            for owner, told in json.loads(payload).items():
-                marks[int(owner)] |= told
+            for owner, told in from_json(dict[int, dict[str, str]], payload, "what a rank's pieces are").items():
+                if owner not in marks:
+                    raise CorruptCopyError(f"pieces of rank {owner} were told of, whose shard was not.")
+                marks[owner] |= told
         together = parts_together(headers, marks)
         folder = self.store.shard_path(chosen.save, 0, assembly.world_size).parent
         record = FolderRecord(chosen.run_id or "", chosen.save, assembly.world_size, "shards", {})

@@ -35,12 +35,14 @@ def from_json(kind: type[T], content: bytes | str, what: str) -> T:
 
 
 def from_plain(kind: Any, value: Any, what: str) -> Any:
-    """`value` as a `kind`: a dataclass, tuple, optional, literal or scalar."""
+    """`value` as a `kind`: a dataclass, tuple, dict (of names or whole numbers), optional, literal or scalar."""
     if dataclasses.is_dataclass(kind):
         return _object(kind, value, what)
     origin, inner = get_origin(kind), get_args(kind)
     if origin is tuple:
         return _tuple(inner, value, what)
+    if origin is dict:
+        return _dictionary(inner, value, what)
     if origin in (Union, UnionType):
         others = [each for each in inner if each is not NoneType]
         return None if value is None and NoneType in inner else from_plain(others[0], value, what)
@@ -81,6 +83,15 @@ def _tuple(inner: tuple[Any, ...], value: Any, what: str) -> tuple[Any, ...]:
     if len(value) != len(inner):
         raise _unlike(what, f"{len(value)} values instead of {len(inner)}")
     return tuple(from_plain(each, one, what) for each, one in zip(inner, value, strict=True))
+
+
+def _dictionary(inner: tuple[Any, ...], value: Any, what: str) -> dict[Any, Any]:
+    """JSON has names only; numbers are written as such."""
+    if not isinstance(value, dict):
+        raise _unlike(what, f"{_short(value)} instead of an object")
+    if inner[0] is int and not all(name.isascii() and name.isdecimal() and len(name) < 19 for name in value):
+        raise _unlike(what, "a name that is no whole number")
+    return {inner[0](name): from_plain(inner[1], each, what) for name, each in value.items()}
 
 
 @functools.cache

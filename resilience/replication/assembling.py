@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from resilience.planning.assembly import Assembly, Move, Shown, plan_moves, read
 from resilience.planning.decision import Strike
 from resilience.planning.inventory import SaveId, Tier
 from resilience.planning.retrieval import Fetch, LocalCopy
+from resilience.planning.typed_json import from_json
 from resilience.replication.communicator import Agreements, Communicator, PeerFailedError
 from resilience.replication.retrieval import Fetched, run_fetches
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
@@ -160,7 +160,8 @@ class ShardBringer:
             return json.dumps([[each.where, each.tier, each.owner] for each in strikes]).encode()
 
         told = share(self._setup, move)
-        bad = {Strike(where, tier, save, owner) for payload in told for where, tier, owner in json.loads(payload)}
+        heard = [from_json(tuple[tuple[str, Tier, int], ...], payload, "a rank's strikes") for payload in told]
+        bad = {Strike(where, tier, save, owner) for strikes_there in heard for where, tier, owner in strikes_there}
         if bad:
             named = ", ".join(sorted(f"rank {each.owner}'s on {each.where}" for each in bad)[:5])
             raise BadCopiesError(f"copies of iteration {save.iteration} are bad: {named}", sorted(bad, key=repr))
@@ -330,7 +331,8 @@ def _packed(wanted: Mapping[int, set[int]]) -> bytes:
 
 
 def _unpacked(payload: bytes) -> dict[int, set[int]]:
-    return {owner: set(numbers) for owner, numbers in json.loads(payload)}
+    told = from_json(tuple[tuple[int, tuple[int, ...]], ...], payload, "the segments that a rank wants")
+    return {owner: set(numbers) for owner, numbers in told}
 
 
 def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
@@ -344,7 +346,8 @@ def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
         mine = make()
     except Exception as error:  # noqa: BLE001  (whatever it is, the others wait for this rank's answer)
         problem = error
-    told: list[Any] = [json.loads(each) for each in group.gather(json.dumps([len(mine), problem is not None]).encode())]
+    word = json.dumps([len(mine), problem is not None]).encode()
+    told = [from_json(tuple[int, bool], each, "how much a rank has to say") for each in group.gather(word)]
     if problem is not None:
         raise problem
     if any(failed for _, failed in told):

@@ -39,6 +39,7 @@ from resilience.formats.loader_files import encode_loader, loader_file, read_loa
 from resilience.formats.protocol import Target
 from resilience.formats.rank_object import rank_state_of
 from resilience.formats.registry import foreign_problem, open_checkpoint, stored_items
+from resilience.formats.shown_shard import _small_pieces, frames, shown_of
 from resilience.formats.torch_archive import aligned, read_archive, saved_bytes, tensor_in
 from resilience.observe.report import write_report
 from resilience.planning.control import ControlReport, SlotReport, decode, encode
@@ -48,13 +49,14 @@ from resilience.planning.kept import Standing
 from resilience.planning.restore_plan import Plan
 from resilience.planning.retrieval import Fetch, LocalCopy, RetrievalPlan, Verify
 from resilience.planning.wire import inventories_from_json, inventories_to_json
+from resilience.replication.assembling import _unpacked as _unpacked_segments
 from resilience.replication.tree import _join, _unpack
 from resilience.restore import _plan_from_json
 from resilience.state.reconcile import reconcile
 from resilience.state.saved_world import layout_of, tensor_refs, tree_of
 from resilience.state.tree import encode as encode_tree
 from resilience.state.tree_decoder import decode as decode_tree
-from resilience.stores.digest import digest_of
+from resilience.stores.digest import digest_of, segment_digests
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.records import (
     decode_attempt_log,
@@ -514,6 +516,8 @@ def _wire() -> list[Parser]:
     return [
         Parser("inventories", _json_bytes(told), inventories_from_json),
         Parser("plan of a restart", _json_bytes(decided), _plan_from_json),
+        Parser("what a shard shows", _shown(), lambda content: shown_of(memoryview(content))),
+        Parser("segments that a rank wants", _json_bytes(b"[[0,[0,1,2]],[1,[]]]"), _unpacked_segments),
         Parser(
             "words of a tree of groups", bytes_like([packed]), lambda content: _unpack(_join([content, packed])[1:])
         ),
@@ -521,6 +525,20 @@ def _wire() -> list[Parser]:
             "control vector", bytes_like([struct.pack(f"<{len(vector)}q", *vector)]), control, (DivergedRanksError,)
         ),
     ]
+
+
+def _shown() -> st.SearchStrategy[bytes]:
+    """What `shown_bytes` makes of a verified shard, spoiled as bytes and with its first words altered."""
+    shard = shard_bytes(SAVE, 0, 2)
+    header = read_header(memoryview(shard), "it")
+    head = shard[: 8 + int.from_bytes(shard[:8], "little")]
+    start, stop = header.values
+    small = [shard[piece.start : piece.stop] for piece in _small_pieces(header)]
+    about = {"nbytes": len(shard), "segments": [digest.hex() for digest in segment_digests(memoryview(shard))]}
+    valid = frames([json.dumps(about).encode(), head, shard[start:stop], *small])
+    shown_of(memoryview(valid))
+    told = json_text(json_like([about])).map(lambda word: frames([word, head, shard[start:stop], *small]))
+    return st.one_of(bytes_like([valid]), told)
 
 
 def _json_bytes(valid: bytes) -> st.SearchStrategy[bytes]:
