@@ -25,7 +25,7 @@ from resilience.errors import ConfigError, ForgedMessageError, ResilienceError, 
 from resilience.planning.typed_json import from_json
 from resilience.planning.wire import to_json
 from resilience.replication.communicator import PROVED_TAG, Agreements, Links, Transfer
-from resilience.stores.authentication import MAC_BYTES, Seal
+from resilience.stores.authentication import MAC_BYTES, UNSEALED, Seal
 
 __all__ = ["OPEN", "KeyedSession", "OpenSession", "Session", "agree_on_key"]
 
@@ -108,14 +108,14 @@ def agree_on_key(
     ConfigError on all ranks if one has no key and others have, or another one: a MAC of the session's name is compared,
     never a key.
     """
-    seal: Seal | None = None
+    seal: Seal = UNSEALED
     problem: ResilienceError | None = None
     try:
         seal = find()
     except ConfigError as error:
         problem = error
     told = None if problem is None else (type(problem).__name__, str(problem))
-    mine = _Hello(seal is not None and seal.keyed, draw(_NONCE_BYTES), told)
+    mine = _Hello(seal.keyed, draw(_NONCE_BYTES), told)
     heard = [
         from_json(_Hello, each, f"rank {rank}'s first word") for rank, each in enumerate(setup.gather(to_json(mine)))
     ]
@@ -131,8 +131,8 @@ def agree_on_key(
             f"resiliency.secret_env: rank {having} has a key and rank {without} has none.",
             advice="Set secret_env, and the variable that it names, on all ranks or on none.",
         )
-    if seal is None or not seal.keyed:
-        return seal if seal is not None else find(), OPEN
+    if not seal.keyed:
+        return seal, OPEN
     name = blake2b("".join(f"{len(hello.nonce)}:{hello.nonce}" for hello in heard).encode(), digest_size=32).digest()
     macs = setup.gather(seal.mac("session", name).encode())
     odd = next((rank for rank, mac in enumerate(macs) if mac != macs[0]), None)
