@@ -121,6 +121,8 @@ def agree_on_key(
     ]
     if problem is not None:
         raise problem
+    if seal.keyed and heard[setup.rank] != mine:  # its nonce is what makes this session a new one
+        raise ForgedMessageError("this rank's own first word came back altered", rank=setup.rank)
     for rank, hello in enumerate(heard):
         if hello.problem is not None:
             raise error_like(hello.problem[0], f"rank {rank}: {hello.problem[1]}")

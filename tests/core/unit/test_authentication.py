@@ -338,14 +338,17 @@ def test_a_first_word_that_is_altered_ends_the_start_in_an_error_and_not_in_a_se
         assert isinstance(found, DivergedRanksError)
 
 
-def test_keys_cannot_be_taken_away_by_altering_the_first_words() -> None:
-    """That nobody has one would leave all ranks without: what a rank knows itself goes before what it hears."""
-
-    def alter(count: int, words: list[bytes]) -> list[bytes]:
-        return [word.replace(b'"keyed":true', b'"keyed":false') for word in words]
-
-    for _, session in _hello(lambda rank: KEY, alter):
-        assert session.keyed
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda count, words: [word.replace(b'"keyed":true', b'"keyed":false') for word in words],
+        lambda count, words: [word.replace(b"0", b"f") for word in words] if count == 1 else words,
+    ],
+)
+def test_neither_keys_nor_nonces_can_be_taken_away_by_altering_the_first_words(alter: Any) -> None:
+    """Without keys all would believe anything; with old nonces old words. A rank knows what it said itself."""
+    for found in _hello(lambda rank: KEY, alter):
+        assert isinstance(found, ForgedMessageError)
 
 
 # --- the clique's exchange --------------------------------------------------------------------------------------------
