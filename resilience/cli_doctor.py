@@ -16,6 +16,7 @@ from resilience.planning.site import Finding, JobScript, Level, judge_site, pars
 from resilience.planning.topology import Topology, make_topology
 from resilience.runtime.memory import available_bytes
 from resilience.runtime.site import site_facts
+from resilience.stores.authentication import key_of
 from resilience.stores.discovery import find_sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.stores.shared_store import SharedStore
@@ -100,6 +101,7 @@ class _Doctor:
         """All checks; returns the memory budget, or None where there is none to make."""
         self._together()
         self._name()
+        self._secret()
         self._save_directory()
         if not self.on_nodes:
             return None
@@ -141,6 +143,13 @@ class _Doctor:
         else:
             self._say("error", "The run has no name that a restart would know.",
                       "Set resiliency.run_id, or checkpoint.save.")  # fmt: skip
+
+    def _secret(self) -> None:
+        """The ranks' environment may be another one: what is wrong with this one is a warning."""
+        try:
+            key_of(self.resiliency.secret_env, os.environ)
+        except ConfigError as error:
+            self._say("warning", str(error).removesuffix(error.advice).rstrip(), error.advice)
 
     def _save_directory(self) -> None:
         if self.checkpoint.save is None:

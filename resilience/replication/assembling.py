@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,12 +22,13 @@ from resilience.planning.assembly import Assembly, Move, Shown, plan_moves, read
 from resilience.planning.decision import Strike
 from resilience.planning.inventory import SaveId, Tier
 from resilience.planning.retrieval import Fetch, LocalCopy
+from resilience.planning.typed_json import from_json
 from resilience.replication.communicator import Agreements, Communicator, PeerFailedError
 from resilience.replication.retrieval import Fetched, run_fetches
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena, bytes_of
 from resilience.snapshot.loader import OpenShard, open_shard
-from resilience.stores.digest import SEGMENT_BYTES, combined, segment_digests
+from resilience.stores.digest import SEGMENT_BYTES, algorithm_of, combined, segment_digests
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import NodeStore, locate_copy
 
@@ -112,11 +112,12 @@ class ShardBringer:
         if key in self._verified:
             return
         shard = self._open(save, assembly, copy)
-        digests = tuple(segment_digests(shard.mapped.view))
-        if combined(digests) != copy.digest:
+        digests = tuple(segment_digests(shard.mapped.view, algorithm_of(copy.digest)))
+        found = combined(digests, algorithm_of(copy.digest))
+        if found != copy.digest:
             path = shard.mapped.path
             self._opened.pop(path).close()
-            raise CorruptCopyError(f"{path} has digest {combined(digests)}, its owner computed {copy.digest}.")
+            raise CorruptCopyError(f"{path} has digest {found}, its owner computed {copy.digest}.")
         self._verified[key] = digests
 
     def _digests(self, save: SaveId, copy: Shown | LocalCopy) -> tuple[bytes, ...]:
@@ -159,7 +160,8 @@ class ShardBringer:
             return json.dumps([[each.where, each.tier, each.owner] for each in strikes]).encode()
 
         told = share(self._setup, move)
-        bad = {Strike(where, tier, save, owner) for payload in told for where, tier, owner in json.loads(payload)}
+        heard = [from_json(tuple[tuple[str, Tier, int], ...], payload, "a rank's strikes") for payload in told]
+        bad = {Strike(where, tier, save, owner) for strikes_there in heard for where, tier, owner in strikes_there}
         if bad:
             named = ", ".join(sorted(f"rank {each.owner}'s on {each.where}" for each in bad)[:5])
             raise BadCopiesError(f"copies of iteration {save.iteration} are bad: {named}", sorted(bad, key=repr))
@@ -231,7 +233,8 @@ class ShardBringer:
         fetches = []
         for move in moves:
             source = move.source
-            digest = combined(digests[move.owner][number] for number in move.segments)
+            parts = (digests[move.owner][number] for number in move.segments)
+            digest = combined(parts, algorithm_of(source.digest))
             fetches.append(
                 Fetch(
                     move.owner,
@@ -326,13 +329,11 @@ def _packed(wanted: Mapping[int, set[int]]) -> bytes:
 
 def _unpacked(payload: bytes, digests: Mapping[int, Sequence[bytes]]) -> dict[int, set[int]]:
     """What another rank wants; DivergedRanksError if it speaks of segments that no shard has."""
-    try:
-        wanted = {owner: set(numbers) for owner, numbers in json.loads(payload)}
-        if all(numbers <= set(range(len(digests[owner]))) for owner, numbers in wanted.items()):
-            return wanted
-    except (ValueError, KeyError, TypeError) as error:
-        raise DivergedRanksError(f"a rank asks for parts of shards in words that make no sense ({error!r}).") from error
-    raise DivergedRanksError("a rank asks for segments that no shard has.")
+    told = from_json(tuple[tuple[int, tuple[int, ...]], ...], payload, "the segments that a rank wants")
+    wanted = {owner: set(numbers) for owner, numbers in told}
+    if not all(numbers <= set(range(len(digests.get(owner, ())))) for owner, numbers in wanted.items()):
+        raise DivergedRanksError("a rank asks for segments that no shard has.")
+    return wanted
 
 
 def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
@@ -346,7 +347,8 @@ def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
         mine = make()
     except Exception as error:  # noqa: BLE001  (whatever it is, the others wait for this rank's answer)
         problem = error
-    told: list[Any] = [json.loads(each) for each in group.gather(json.dumps([len(mine), problem is not None]).encode())]
+    word = json.dumps([len(mine), problem is not None]).encode()
+    told = [from_json(tuple[int, bool], each, "how much a rank has to say") for each in group.gather(word)]
     if problem is not None:
         raise problem
     if any(failed for _, failed in told):

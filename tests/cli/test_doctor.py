@@ -121,3 +121,18 @@ def test_a_job_script_is_looked_at_too(capsys: Any, config: Any, tmp_path: Path)
     for option in ("--requeue", "--open-mode=append", "--signal"):
         assert option in told(document, "warning")
     ask_json(capsys, *config(), "--job-script", tmp_path / "nowhere", status=2)
+
+
+@pytest.mark.parametrize(
+    ("secret", "words"), [(None, "not set"), ("short", "5 bytes"), ("long enough, one may hope", "")]
+)
+def test_a_secret_that_is_not_in_this_environment_is_a_warning(
+    capsys: Any, config: Any, monkeypatch: pytest.MonkeyPatch, secret: str | None, words: str
+) -> None:
+    monkeypatch.delenv("JOB_SECRET", raising=False)
+    if secret is not None:
+        monkeypatch.setenv("JOB_SECRET", secret)
+    document = ask_json(capsys, *config(resiliency={"secret_env": "JOB_SECRET"}), "--world-size", 1)
+    assert document["ok"]
+    assert ("JOB_SECRET" in told(document, "warning")) == bool(words)
+    assert words in told(document, "warning")
