@@ -6,7 +6,15 @@ import dataclasses
 import json
 from typing import Any
 
-from resilience.planning.inventory import AttemptLog, Inventory, NodeSave, SaveId, SharedSave
+from resilience.planning.inventory import (
+    AttemptLog,
+    Inventory,
+    NodeSave,
+    ParityCopy,
+    ParityCover,
+    SaveId,
+    SharedSave,
+)
 
 __all__ = ["inventories_from_json", "inventories_to_json"]
 
@@ -24,7 +32,7 @@ def _inventory(fields: dict[str, Any]) -> Inventory:
     return Inventory(
         **fields
         | {
-            "node_saves": tuple(_record(NodeSave, each) for each in fields["node_saves"]),
+            "node_saves": tuple(_node_save(each) for each in fields["node_saves"]),
             "shared_saves": tuple(_record(SharedSave, each) for each in fields["shared_saves"]),
             "attempts": tuple(_attempt(each) for each in fields["attempts"]),
             "certificates": tuple(SaveId(**each) for each in fields["certificates"]),
@@ -32,6 +40,17 @@ def _inventory(fields: dict[str, Any]) -> Inventory:
             "foreign_runs": tuple(fields["foreign_runs"]),
         }
     )
+
+
+def _node_save(fields: dict[str, Any]) -> NodeSave:
+    return _record(NodeSave, fields | {"parity": [_parity(each) for each in fields["parity"]]})  # type: ignore[no-any-return]
+
+
+def _parity(fields: dict[str, Any]) -> ParityCopy:
+    cover: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields["cover"].items()
+    }
+    return ParityCopy(**fields | {"cover": ParityCover(**cover)})
 
 
 def _record(kind: type[Any], fields: dict[str, Any]) -> Any:

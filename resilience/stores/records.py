@@ -15,7 +15,8 @@ from typing import Any, cast, get_args
 import xxhash
 
 from resilience.errors import CorruptCopyError
-from resilience.planning.inventory import AttemptLog, Role, SaveId, Tier
+from resilience.planning.erasure import LARGEST_CLIQUE, Code
+from resilience.planning.inventory import AttemptLog, Kept, ParityCover, ParityName, Role, SaveId, Tier
 from resilience.stores.digest import is_digest
 
 __all__ = [
@@ -40,7 +41,10 @@ _MAX_RANKS = 1 << 20
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One copy of one owner's shard. Written last, by rename: without it the bytes beside it are no checkpoint."""
+    """One copy of one owner's shard. Written last, by rename: without it the bytes beside it are no checkpoint.
+
+    With `cover` it is no copy but parity (role "parity"), made by the rank `owner`.
+    """
 
     run_id: str
     save: SaveId
@@ -53,6 +57,14 @@ class ShardRecord:
     digest: str
     created: float  # Unix seconds; for people, never compared across hosts
     split: bool = False  # parts of what data parallelism replicates lie in the other shards of its group
+    cover: ParityCover | None = None
+
+    @property
+    def kept(self) -> Kept:
+        """What it is the record of, as a name."""
+        if self.cover is None:
+            return self.owner
+        return ParityName(self.cover.members[0], self.cover.members.index(self.owner))
 
 
 def is_name(text: object) -> bool:
@@ -105,6 +117,7 @@ def encode_record(record: ShardRecord) -> bytes:
             "digest": record.digest,
             "created": record.created,
             "split": record.split,
+            **_cover_json(record.cover),
         }
     )
 
@@ -112,6 +125,7 @@ def encode_record(record: ShardRecord) -> bytes:
 def decode_record(content: bytes, what: str = "the record") -> ShardRecord:
     read = _Fields(unseal_json(content, what), what)
     world_size = read.integer("world_size", 1, _MAX_RANKS)
+    cover = read.cover(world_size) if read.fields.get("role") == "parity" else None
     return ShardRecord(
         run_id=read.name("run_id"),
         save=read.save(),
@@ -124,6 +138,7 @@ def decode_record(content: bytes, what: str = "the record") -> ShardRecord:
         digest=read.digest("digest"),
         created=read.number("created"),
         split=read.boolean("split"),
+        cover=cover,
     )
 
 
@@ -246,6 +261,23 @@ class _Fields:
             self.integer("iteration", 0, 1 << 53), self.integer("generation", 0, 1 << 40), self.attempt("attempt")
         )
 
+    def cover(self, world_size: int) -> ParityCover:
+        """What a parity file covers, held against its size and the rank whose it is."""
+        parities = self.integer("parities", 1, 2)
+        entries = self.fields.get("covers")
+        if not isinstance(entries, list) or not parities < len(entries) <= LARGEST_CLIQUE:
+            raise self.wrong("covers", f"a list of {parities + 1} to {LARGEST_CLIQUE} members")
+        shards = [
+            _Fields(entry if isinstance(entry, dict) else {}, f"{self.what}, covers[{index}]")
+            for index, entry in enumerate(entries)
+        ]
+        members = tuple(shard.integer("owner", 0, world_size - 1) for shard in shards)
+        if list(members) != sorted(set(members)) or self.fields.get("owner") not in members:
+            raise self.wrong("covers", "its members by rising rank, its own rank among them")
+        nbytes = tuple(shard.integer("bytes", 1, 1 << 60) for shard in shards)
+        self.integer("bytes", expected := Code(len(members), parities).file_bytes(max(nbytes)), expected)
+        return ParityCover(parities, members, nbytes, tuple(shard.digest("digest") for shard in shards))
+
     def optional_save(self, key: str) -> SaveId | None:
         value = self.fields.get(key)
         if value is None:
@@ -253,6 +285,16 @@ class _Fields:
         if not isinstance(value, dict):
             raise self.wrong(key, "null or an object with iteration, generation, attempt")
         return _Fields(value, f"{self.what}, {key}").save()
+
+
+def _cover_json(cover: ParityCover | None) -> dict[str, Any]:
+    if cover is None:
+        return {}
+    entries = zip(cover.members, cover.nbytes, cover.digests, strict=True)
+    return {
+        "parities": cover.parities,
+        "covers": [{"owner": owner, "bytes": nbytes, "digest": digest} for owner, nbytes, digest in entries],
+    }
 
 
 def _save_json(save: SaveId | None) -> dict[str, Any] | None:
