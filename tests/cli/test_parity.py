@@ -88,6 +88,16 @@ def test_explain_passes_over_what_bad_parity_cannot_rebuild(capsys: Any, nodes: 
     assert {passed["iteration"] for passed in document["passed_over"]} == {6}
 
 
+def test_inspect_tells_what_parity_covers(capsys: Any, nodes: Path) -> None:
+    document = ask_json(capsys, "inspect", "6", *local(nodes))
+    parities = [record for record in document["records"] if record["role"] == "parity"]
+    assert [record["owner"] for record in parities] == [0, 1, 2, 3]
+    assert {tuple(record["cover"]["members"]) for record in parities} == {(0, 1, 2, 3)}
+    alone = ask_json(capsys, "inspect", parity(nodes, "c"))
+    assert (alone["items"], alone["records"][0]["owner"]) == ([], 2)
+    assert document["items"]
+
+
 def test_verify_reads_parity_too(capsys: Any, nodes: Path) -> None:
     everything = ask_json(capsys, "verify", *local(nodes), "--deep")
     assert everything["ok"]

@@ -151,6 +151,14 @@ def test_equal_inputs_give_equal_plans_whatever_order_they_come_in() -> None:
     assert len(plans) == 1
 
 
+def test_what_could_not_be_rebuilt_is_told_as_the_reason() -> None:
+    held = [each for each in two_cliques(1) if each.owners[0] not in (0, 2)]
+    assert (
+        "of rank 0 and 1 more, and too little that it could be rebuilt from"
+        in elected(on_nodes(held)).passed_over[0].reason
+    )
+
+
 def test_parity_of_something_else_rebuilds_nothing() -> None:
     """A member's own record says another digest than the one the parity was made of."""
     held = two_cliques(1)
