@@ -106,6 +106,20 @@ class RedundancyContract:
                 assert member.files() == {}
                 assert member.inventory().node_saves == ()
 
+    def test_a_save_after_a_deleted_one_takes_no_new_memory(self, tmp_path: Path) -> None:
+        """Buffers are warm and used again, like arenas."""
+        with self._protected(tmp_path) as (members, topology):
+            before = self._deleted(members)
+            self._exchange(members, topology, None)
+            assert [member.problems for member in members] == [[]] * self.clique
+            assert self._deleted(members) == before
+
+    def _deleted(self, members: Sequence[_Member]) -> list[int]:
+        """How many buffers each member has once its save is gone."""
+        for member in members:
+            member.keeper.delete(_SAVE)
+        return [len(list(member.keeper.arena_dir.iterdir())) for member in members]
+
     # -- parts --------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -114,6 +128,14 @@ class RedundancyContract:
         nodes = [f"node{rank}" for rank in range(self.clique)]
         topology = SCHEMES[self.scheme].place(nodes, jump=None, factor=self.clique, domains=None, restart=False)
         members = [self._member(directory, rank) for rank in range(self.clique)]
+        self._exchange(members, topology, void)
+        try:
+            yield members, topology
+        finally:
+            for member in members:
+                member.keeper.close()
+
+    def _exchange(self, members: Sequence[_Member], topology: Topology, void: int | None) -> None:
         wire = Wire()
         work: list[Callable[[], None]] = [
             lambda member=member: self._protect(member, topology, wire, void=member.rank == void)  # type: ignore[misc]
@@ -125,11 +147,6 @@ class RedundancyContract:
         for thread in threads:
             thread.join(_BOUND_S)
         assert not any(thread.is_alive() for thread in threads), "a member hangs"
-        try:
-            yield members, topology
-        finally:
-            for member in members:
-                member.keeper.close()
 
     def _member(self, directory: Path, rank: int) -> _Member:
         fs = PosixFileSystem()

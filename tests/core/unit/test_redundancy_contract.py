@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from resilience.planning.schemes import SCHEMES
@@ -35,6 +37,23 @@ class TestRs(RedundancyContract):
 class TestRsOfThree(RedundancyContract):
     scheme = "rs"
     clique = 3
+
+
+class InMemory:
+    """Where the file is the arena."""
+
+    @pytest.fixture
+    def tmp_path(self, memory_mount: Path) -> Path:
+        return memory_mount
+
+
+class TestTwoCopiesInMemory(InMemory, RedundancyContract):
+    clique = 2
+
+
+class TestRsInMemory(InMemory, RedundancyContract):
+    scheme = "rs"
+    clique = 4
 
 
 def test_every_scheme_has_a_plan_and_an_exchange() -> None:
