@@ -41,7 +41,7 @@ __all__ = ["MadeParity", "ParityExchange"]
 Land = Callable[[ParityCover, int], Arena]
 
 _MAGIC: Final = 0x52455349_50415231
-_OPENING, _PARTIAL, _SECOND = 1, 2, 3
+_OPENING, _PARTIAL, _SECOND, _FIRST = 1, 2, 3, 4  # the last: bare stripes, which overtake what waits for others
 _WORDS: Final = 8
 _DIGEST_ROOM: Final = 64
 _FRAME_BYTES: Final = _WORDS * 8 + _DIGEST_ROOM
@@ -197,51 +197,48 @@ class _Ring:
             self._scratch = np.empty(min(self.piece_bytes, self._stripe), dtype=np.uint8)
         starts = range(0, self._stripe, self.piece_bytes)
         rounds = [_Round(start, min(start + self.piece_bytes, self._stripe)) for start in starts]
-        self._post(rounds[0], buffers[0])
+        self._begin(rounds[0], buffers[0])
         for number, each in enumerate(rounds):
-            if number + 1 < len(rounds):
-                self._post(rounds[number + 1], buffers[(number + 1) % 2])
+            if number + 1 < len(rounds):  # on its way while this one is worked on
+                self._begin(rounds[number + 1], buffers[(number + 1) % 2])
             self._work(each, buffers[number % 2])
         for pieces in buffers:
             self._settle(pieces)
         return list(dict.fromkeys(self._problems))
 
-    def _post(self, each: _Round, pieces: Sequence[_Piece]) -> None:
-        """Have all of a round's receives posted; its buffers' last sends are over by then."""
+    def _begin(self, each: _Round, pieces: Sequence[_Piece]) -> None:
+        """Have all of a round's receives posted, and send this member's bare stripe: none of it waits for others."""
         self._settle(pieces)
         before, nbytes = self._peer(-1), each.stop - each.start + _SEAL_BYTES
         free = iter(pieces[1:])
         for hop in range(self._code.data - 1):
             for _ in range(self._messages(hop)):
-                each.arriving.append(self._receive(next(free), nbytes, before, _PARTIAL))
-        each.arriving.append(self._receive(next(free), nbytes, before, _PARTIAL))
+                each.arriving.append(self._receive(next(free), nbytes, before, _tag(hop)))
+        each.arriving.append(self._receive(next(free), nbytes, before, _tag(self._code.data - 1)))
         if self._code.parities == 2:
             each.arriving.append(self._receive(next(free), nbytes, self._peer(-2), _SECOND))
+        content, own = pieces[0].view[: each.stop - each.start], self._stripe_part(0, each)
+        content[: len(own)] = own
+        content[len(own) :] = 0
+        _seal(pieces[0], len(content))
+        self._pass_on(0, each, [pieces[0]] * self._messages(0))
 
     def _work(self, each: _Round, pieces: Sequence[_Piece]) -> None:
         """Add this member's stripes to what comes, hop by hop, and take in what it keeps."""
-        arriving = iter(each.arriving)
-        spare = [piece for piece in pieces if not any(piece is taken for taken in each.arriving)]
-        first = spare.pop()
-        content = first.view[: each.stop - each.start]
-        own = self._stripe_part(0, each)
-        content[: len(own)] = own
-        content[len(own) :] = 0
-        _seal(first, len(content))
-        self._pass_on(0, each, [first] * self._messages(0))
+        arriving, nbytes = iter(each.arriving), each.stop - each.start
         for hop in range(1, self._code.data):
             partials = [next(arriving) for _ in range(self._messages(hop - 1))]
             sound = [self._arrived(partial, each, self._members[self._me - 1]) for partial in partials]
             if len(partials) < self._code.parities:  # of the first hop there is one, which is P and Q alike
-                second = spare.pop()
-                second.view[: len(content)] = partials[0].view[: len(content)]
+                second = pieces[-1]
+                second.view[:nbytes] = partials[0].view[:nbytes]
                 partials.append(second)
             for parity, partial in enumerate(partials):
-                body = partial.view[: len(content)]
+                body = partial.view[:nbytes]
                 if parity:
                     double(body, self._scratch)
                 add(body, self._stripe_part(hop, each))
-                _seal(partial, len(content), sound=all(sound))
+                _seal(partial, nbytes, sound=all(sound))
             self._pass_on(hop, each, partials)
         for parity, final in enumerate(arriving):
             self._keep(parity, final, each)
@@ -254,7 +251,7 @@ class _Ring:
             nbytes = each.stop - each.start + _SEAL_BYTES
             self._pace.wait(nbytes)
             self._counts.offered[peer] += nbytes
-            tag = _SECOND if last and parity else _PARTIAL
+            tag = _SECOND if last and parity else _tag(hop)
             transfer = self._links.send(partial.content[:nbytes], peer, tag)
             self._settle([partial])  # the bare stripe of a row of one goes to two members
             partial.transfer, partial.going = transfer, (peer, nbytes)
@@ -308,6 +305,11 @@ class _Ring:
 
     def _peer(self, distance: int) -> int:
         return self._members[(self._me + distance) % len(self._members)]
+
+
+def _tag(hop: int) -> int:
+    """Of what is sent to the next member after a hop."""
+    return _PARTIAL if hop else _FIRST
 
 
 def _buffer(nbytes: int) -> _Piece:

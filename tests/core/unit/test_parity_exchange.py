@@ -32,7 +32,7 @@ from resilience.stores.parity_file import parity_bounds
 from tests.core.fakes import FakeLinks, Wire
 from tests.core.shards import FS, SAVE
 
-OPENING, PARTIAL = 1, 2
+OPENING, PARTIAL, FIRST = 1, 2, 4
 LOST_AFTER_S = 3.0  # what comes at all comes long before, on a busy machine too
 
 
@@ -253,11 +253,11 @@ def test_a_member_without_room_keeps_nothing_and_the_others_get_theirs(tmp_path:
 def test_parity_whose_parts_were_altered_on_their_way_is_not_kept(
     tmp_path: Path, small_pieces: None, parities: int, byte: int
 ) -> None:
-    """One bit of one piece, also of the digest that it carries: whoever keeps a sum of it knows."""
+    """One bit of one bare stripe, also of the digest that it carries: whoever keeps a sum of it knows."""
     altered: list[tuple[int, int]] = []
 
     def flip(sender: int, receiver: int, tag: int, content: torch.Tensor) -> torch.Tensor:
-        if (sender, tag) == (0, PARTIAL) and not altered and len(content) > byte:
+        if (sender, tag) == (0, FIRST) and not altered and len(content) > byte:
             content[byte] ^= 1
             altered.append((sender, receiver))
         return content
