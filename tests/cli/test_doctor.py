@@ -97,6 +97,15 @@ def test_what_training_would_refuse_is_an_error(
     assert "This would not work" in ask(capsys, *words).out
 
 
+def test_parity_is_told_with_what_it_survives_and_what_it_takes(capsys: Any, config: Any) -> None:
+    words = ("--world-size", 8, "--ranks-per-node", 2, "--state-bytes", 1 << 26)
+    copies = ask_json(capsys, *config({"replication_factor": 3}), *words)
+    parity = ask_json(capsys, *config({"replication_factor": 4}, {"redundancy": "rs"}), *words)
+    assert "parity over cliques of 4: any 2 of the failure domains may be lost" in told(parity, "info")
+    assert any("slots for 2 parity files" in line for line in parity["memory"]["lines"])
+    assert parity["memory"]["total"] < copies["memory"]["total"], "rs over four keeps one shard's worth, not two"
+
+
 def test_a_directory_of_another_run_is_an_error(capsys: Any, config: Any, tmp_path: Path) -> None:
     owned(tmp_path / "save", run_id="somebody")
     assert "belongs to run 'somebody'" in told(ask_json(capsys, *config(), status=1), "error")
