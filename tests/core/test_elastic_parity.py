@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from resilience.explain import explain_paths
 from tests.core.elastic import elastic, sharded
-from tests.core.test_elastic import NODES, assert_same_state, predicted, resumed_at_6, saved_at_6
+from tests.core.test_elastic import NODES, assert_same_state, resumed_at_6, saved_at_6
 from tests.core.test_parity import flip, parity_files
-from tests.core.training import Plan, Ran, World
+from tests.core.training import RUN, Plan, Ran, World
 
 RS: dict[str, Any] = {"checkpoint": {"replication": True, "replication_factor": 4}, "resiliency": {"redundancy": "rs"}}
 
@@ -35,7 +36,8 @@ def test_fewer_or_more_ranks_go_on_from_what_is_rebuilt(
     again, before = saved(world, make, kind)
     for node in lost:
         world.lose(node)
-    said = predicted(world, nodes, kind)
+    base = world.disk if kind == "disk" else world.memory
+    said = explain_paths([base / node for node in nodes], None, None, RUN, len(nodes))
     after = resumed_at_6(world, again, *nodes)
     assert_same_state(before, after)
     assert said == {"iteration": 6, "generation": 1, "tier": "local"}
