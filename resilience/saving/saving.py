@@ -17,16 +17,19 @@ from resilience.formats.saver import SharedSaver
 from resilience.planning.book import Book, Change, Entry, drain_slot
 from resilience.planning.inventory import AttemptLog, Kept, SaveId, Tier
 from resilience.planning.memory import arenas_per_rank
+from resilience.planning.patience import STILL_BOUNDS
 from resilience.planning.schedule import Due, shortest_interval
 from resilience.replication.communicator import Agreements
 from resilience.replication.protection import Board, SaveJob
 from resilience.reports import SaveReport
 from resilience.restore import Plan
 from resilience.runtime.clock import Clock
+from resilience.runtime.worker import Lane
 from resilience.saving.afterwards import Afterwards
 from resilience.saving.budget import Budget
 from resilience.saving.drain import Drain
 from resilience.saving.lanes import CLOSE_BOUND_S, Lanes
+from resilience.saving.progress import Stillness
 from resilience.saving.replicas import Replicas
 from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
@@ -39,7 +42,7 @@ from resilience.stores.keeper import ShardKeeper
 
 __all__ = ["Saving", "Wish"]
 
-_DRAIN_BOUND_S = 24 * 3600.0  # of the local wait only: each step below it is bounded by progress
+_LOOK_S = 1.0
 
 
 class Saving:
@@ -323,11 +326,25 @@ class Saving:
         self, save: SaveId, wish: Wish, stall_s: float, snapshot: Snapshot | None, problem: str, began: float
     ) -> SaveReport:
         if wish.drain and not (wish.persistent and self._checkpoint.async_save):
-            self.lanes.drain.wait(_DRAIN_BOUND_S)
+            self._wait_for(self.lanes.drain, save)
         if wish.on_nodes and self._resiliency.non_persistent_sync:
-            self.lanes.protect.wait(_DRAIN_BOUND_S)
+            self._wait_for(self.lanes.protect, save)
         report = self.report(save, wish, max(stall_s, self._clock.now() - began), self._state_of(save, wish, problem))
         return replace(report, bytes=snapshot.arena.nbytes if snapshot else 0, error=problem or self._error(save))
+
+    def _wait_for(self, lane: Lane, save: SaveId) -> None:
+        """Until a synchronous save is over, or nothing of it has moved on this rank for longer than a save may take.
+
+        Storage that hangs must not keep training from going on, nor the job from ending: the save stays in the making.
+        """
+        stillness = Stillness(self._clock.now)
+        bound_s = STILL_BOUNDS * self._resiliency.exchange_timeout_s
+        while not lane.wait(_LOOK_S):
+            if stillness.seconds(self.progress([save, drain_slot(save)])) > bound_s:
+                what = f"the save of iteration {save.iteration} has not moved for {bound_s:g} s on this rank"
+                advice = f"{lane.running!r} is under way. Training goes on without waiting for it."
+                self.tell("warning", what=what, advice=advice)
+                return
 
     def _state_of(self, save: SaveId, wish: Wish, problem: str) -> str:
         if problem:

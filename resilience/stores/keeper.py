@@ -193,7 +193,7 @@ class ShardKeeper:
                 self._pins[id(arena)] = left
                 return
             self._pins.pop(id(arena), None)
-            if not any(held is arena for held in self._held.values()):
+            if self._is_ours(self.rank, arena) and not any(held is arena for held in self._held.values()):
                 self._free.setdefault(self.rank, []).append(arena)
             self._changed.notify_all()
 
@@ -208,8 +208,23 @@ class ShardKeeper:
 
     def _give_back(self, owner: Kept, arena: Arena) -> None:
         with self._changed:
-            self._free.setdefault(owner, []).append(arena)
+            if self._is_ours(owner, arena):
+                self._free.setdefault(owner, []).append(arena)
             self._changed.notify_all()
+
+    def _is_ours(self, owner: Kept, arena: Arena) -> bool:
+        """Whether it may be used again; under the lock."""
+        return arena in self._buffers.get(owner, ())
+
+    def _forget_if_lost(self, owner: Kept, arena: Arena) -> None:
+        """A commit failed, and so did taking the file back: a save in this buffer could never be committed."""
+        try:
+            lost = self._fs.stat(arena.mapped.path) is None
+        except StoreError:
+            lost = True
+        if lost:
+            with self._changed:
+                self._forget(owner, arena)
 
     def _drop(self, owner: Kept, arena: Arena) -> None:
         with self._changed:
@@ -248,7 +263,11 @@ class ShardKeeper:
             cover=cover,
         )
         if self.file_is_arena:
-            arena.mapped.path = self.store.commit_file(arena.mapped.path, record)
+            try:
+                arena.mapped.path = self.store.commit_file(arena.mapped.path, record)
+            except StoreError:
+                self._forget_if_lost(owner, arena)
+                raise
             with self._changed:
                 self._held[(save, record.kept)] = arena
             return
