@@ -92,6 +92,15 @@ class ShardKeeper:
             return self._make(owner, nbytes, stale, always, ahead=False)
         return self._make(owner, nbytes, stale, always, ahead=False, begin=self._fs.begin_mapping)
 
+    def warm_slot(self, owner: Kept, nbytes: int) -> Arena | None:
+        """A free buffer of exactly `nbytes` for `owner`'s shard, if there is one. Does not wait and makes none."""
+        with self._changed:
+            fitting = self._fitting(owner, nbytes)
+            if not fitting:
+                return None
+            self._free[owner].remove(fitting[0])
+            return fitting[0]
+
     def reserve_room(self, arena: Arena, stop: int, wanted: Callable[[], bool]) -> None:
         """Give a buffer room up to byte `stop`. StoreError if there is none; ECANCELED once `wanted()` says no."""
         self._fs.reserve(arena.mapped, stop, wanted)
@@ -305,6 +314,8 @@ class ShardKeeper:
         """
         with self._changed:  # another lane commits meanwhile
             mine = [key for key in self._held if key[0] == save]
+        # the training thread waits for its own arena and then looks for slots: those are to be free by then
+        mine.sort(key=lambda key: key[1] == self.rank)
         for held_save, owner in mine:
             path = self.store.uncommit(held_save, owner, self._world_size)
             if path is not None and self.file_is_arena:
