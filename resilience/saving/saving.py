@@ -322,7 +322,7 @@ class Saving:
         wanted = [Buffers(job.rank, layout.nbytes, self._capacity)]
         kept: dict[Kept, int] = dict(self._kept_here)
         if self._twins is not None:  # a new layout has another size
-            kept.update(self._twins.sizes())
+            kept.update(self._twins.sizes().items())
         wanted += [Buffers(owner, nbytes, slots) for owner, nbytes in kept.items()]
         reservation.want(wanted)
         reservation.go_on()
