@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,13 +27,13 @@ def test_what_is_not_covered_travels_and_covered_bytes_only_where_a_message_woul
     covered = ranges(cuts)
     rest = rest_of(LENGTH, covered)
     assert list(rest) == sorted(rest)
-    assert all(before[1] < after[0] for before, after in zip(rest, rest[1:], strict=False)), "apart from each other"
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(rest)), "apart from each other"
     for start, stop in covered:
         needless = sum(max(0, min(stop, last) - max(start, first)) for first, last in rest)
         assert needless in (0, stop - start), "a gap is joined whole"
         assert needless < 64 << 10
     edges = sorted({0, LENGTH, *cuts})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         is_covered = any(first <= start and stop <= last for first, last in covered)
         travels = any(first <= start and stop <= last for first, last in rest)
         assert travels or is_covered
