@@ -18,16 +18,21 @@ import torch
 
 from resilience.config import CheckpointConfig
 from resilience.errors import CorruptCopyError, LayoutMismatchError, NoUsableSaveError, ResilienceError
+from resilience.formats.by_layer import LayeredReader
 from resilience.formats.folder_files import read_train_state
+from resilience.formats.in_buckets import lies_in_buckets, seen_by_parameter
 from resilience.formats.keys import MODEL_PREFIX, stored_key
 from resilience.formats.loader_files import read_loader
+from resilience.formats.optimizer_view import OptimizerView
 from resilience.formats.parallel_load import PeerFailedError, agree, read_together
 from resilience.formats.protocol import CheckpointReader, RankState, StateReader, Target
 from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_missing
 from resilience.planning.decision import Candidate
 from resilience.replication.communicator import Agreements, SoloAgreements
 from resilience.reports import Resume
-from resilience.restore_targets import index_of, staging, stored_like
+from resilience.restore_foreign import foreign_extra_state, foreign_rng
+from resilience.restore_optimizer import Adopted, adopt
+from resilience.restore_targets import converted, index_of, staging, stored_like
 from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.live_tensors import cut_as_placed
 from resilience.state.load_plan import LoadPlan
@@ -101,11 +106,15 @@ class Stager:
         """
         self._bring = bring
         self._verify = verify
-        self._reader = reader
+        self._source = reader
+        self._reader = LayeredReader(reader, {}, ())  # the plan adds the names that are asked for here
+        self._adopted: Adopted | None = None
+        self._by_parameter: OptimizerView | None = None
         self._chosen = chosen
         self._checkpoint = checkpoint
         self._open_base = open_base
-        self._base: CheckpointReader | None = None
+        self._base: LayeredReader | None = None
+        self._base_files: CheckpointReader | None = None
         self._rank = rank
         self._peers = peers
         self._fs = fs
@@ -135,7 +144,7 @@ class Stager:
         except PeerFailedError:
             return _not_to_be_called
         finally:
-            for reader in (self._reader, self._base):
+            for reader in (self._source, self._base):
                 if reader is not None:
                     reader.close()
 
@@ -159,8 +168,11 @@ class Stager:
     # -- what is to be loaded -----------------------------------------------------------------------------------------
 
     def _plan(self, state: TrainingState) -> _Wanted:
+        self._reader = LayeredReader(self._source, state.stored_places().bases, state.bases())
         model_alone = self._chosen.weights_only or self._release
         parts = self._parts()
+        if not model_alone and self._source.record is not None and "optimizer" in parts:
+            self._by_parameter = seen_by_parameter(state, self._reader) if lies_in_buckets(self._reader) else None
         own = None if model_alone else self._own(state, parts)
         if own is None:
             own, parts = self._without_rank_state(state, parts)
@@ -169,21 +181,34 @@ class Stager:
         values, from_live, added = own.values, frozenset[str](), frozenset[str]()
         if not self._restored_whole:
             here = encode(state.tree(tuple({"model", "optimizer"} & set(parts))))[0]
-            # with the optimizer's state goes the very dtype of its parameters; without it weights are converted
-            fitted = reconcile(own.values, here, convert="optimizer" not in parts)
+            # with the optimizer's own state goes the very dtype of its parameters; without it weights are converted
+            fitted = reconcile(own.values, here, convert="optimizer" not in parts or self._adopted is not None)
             values, from_live, added = fitted.values, fitted.from_live, fitted.added
-        index = cut_as_placed(state, values, index_of(self._reader.index, own, live, state, from_live))
+        index = cut_as_placed(state, values, index_of(self._view.index, own, live, state, from_live))
+        if self._adopted is not None:
+            index = converted(index, self._adopted.dtypes)
         held = set(map(without_block, index))
-        lacking = added - held
-        from_base = self._look_in_base(lacking, index, live)
+        # an empty extra state that the checkpoint knows nothing of is nothing that is lacking
+        lacking = added - held - state.empty_extra_keys()
+        from_base = self._look_in_base(lacking, index, live, state)
         initial = lacking - from_base
         unexpected = initial - self._adapters(initial, state)
         index |= {key: SavedItem.of(item) for key, item in live.items() if without_block(key) in initial}
         plan = state.plan_load(values, index, parts)
         direct = self._bring is not None
         staged, targets, base_targets = staging(plan, index, own, live, from_base, initial, direct=direct)
-        asked = {without_block(key) for key in (*(key for key, _ in plan.targets), *live)}
+        asked = {self._stored_path(without_block(key)) for key in (*(key for key, _ in plan.targets), *live)}
+        asked |= {alias for alias, root in self._view.aliases.items() if root in asked}
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
+
+    @property
+    def _view(self) -> StateReader:
+        """What tensors are read from: the checkpoint, or the checkpoint with optimizer state under the names it has
+        here."""
+        return self._by_parameter or self._reader
+
+    def _stored_path(self, key: str) -> str:
+        return key if self._by_parameter is None else self._by_parameter.stored_path(key)
 
     def _own(self, state: TrainingState, parts: Collection[str]) -> RankState | None:
         """What this rank saved; in another layout, what it would have saved there."""
@@ -194,15 +219,15 @@ class Stager:
         saved = None if own is None else layout_of(tree_of(own.values))
         if own is not None and record.world_size == layout.world_size and is_cut_alike(state, own.values, saved):
             return own
-        world = SavedWorld(record.world_size, reader.index, reader.rank_state, self._whole)
+        world = SavedWorld(record.world_size, self._view.index, reader.rank_state, self._whole)
         moved = recut(state, world, parts, self._chosen.save.iteration)
         self._notes = moved.notes
         return RankState(moved.values, moved.tensors)
 
     def _whole(self, key: str) -> torch.Tensor:
-        stored = self._reader.index[key]
+        stored = self._view.index[key]
         out = torch.empty(stored.global_shape, dtype=stored.dtype)
-        self._reader.read([Target(key, out, (0,) * out.dim())])
+        self._view.read([Target(key, out, (0,) * out.dim())])
         return out
 
     def _parts(self) -> tuple[str, ...]:
@@ -226,22 +251,34 @@ class Stager:
         return tuple(part for part in parts if part not in absent)
 
     def _without_rank_state(self, state: TrainingState, parts: Sequence[str]) -> tuple[RankState, tuple[str, ...]]:
-        """The model, and what everybody may know of the counters. For what this rank alone knew there is nothing."""
-        reader, models = self._reader, [dict[str, Any]() for _ in state.models]
+        """The model, the counters, and what else another program stored. For what this rank alone knew there is
+        nothing."""
+        reader = self._reader
+        models = foreign_extra_state(reader, state, self._tell)
         if self._chosen.weights_only:
-            return RankState(encode({"model": models})[0], {}), _MODEL_ONLY
+            return _rank_state({"model": models}), _MODEL_ONLY
         if reader.record is not None and not self._release:
             raise CorruptCopyError(f"{reader.folder} holds no state of rank {self._rank}.")
         counters = read_train_state(reader.folder, self._fs)
         tree: dict[str, Any] = {"model": models}
         if counters is not None:
             tree["train_state"] = counters
-        if not self._release:
-            found = [*tree, *self._find_loader(state)]
-            lost = ", ".join(part for part in parts if part not in found)
-            what = f"iteration {self._chosen.save.iteration} in {reader.folder} holds no state of rank {self._rank}"
-            self._tell("warning", what=f"{what}: {' and '.join(found)} are loaded, not {lost}", advice="")
-        return RankState(encode(tree)[0], {}), tuple(tree)
+        if self._release:
+            return _rank_state(tree), tuple(tree)
+        if "rng" in parts and (rng := foreign_rng(reader, state, self._tell)):
+            tree["rng"] = rng
+        own = _rank_state(tree)
+        self._adopted = adopted = adopt(state, reader, parts)
+        self._by_parameter = adopted.reader
+        self._notes += tuple(adopted.notes)
+        written = tree_of(own.values) | adopted.parts
+        found = [part for part in PARTS if part in written]
+        kept = [*found, *self._find_loader(state)]
+        lost = ", ".join(part for part in parts if part not in kept)
+        what = f"iteration {self._chosen.save.iteration} in {reader.folder} holds no state of rank {self._rank}"
+        self._tell("warning", what=f"{what}: {' and '.join(kept)} are loaded, not {lost or 'more'}", advice="")
+        values = json.dumps(written, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return RankState(values, {**own.tensors, **adopted.tensors}), tuple(found)
 
     def _find_loader(self, state: TrainingState) -> tuple[str, ...]:
         """Look for this data-parallel rank's place in the data, as others write it; say why there is none."""
@@ -257,15 +294,17 @@ class Stager:
     # -- keys that differ ---------------------------------------------------------------------------------------------
 
     def _look_in_base(
-        self, lacking: Collection[str], index: dict[str, SavedItem], live: Mapping[str, Item]
+        self, lacking: Collection[str], index: dict[str, SavedItem], live: Mapping[str, Item], state: TrainingState
     ) -> frozenset[str]:
         """What the checkpoint lacks and the pretrained one has; adds it to `index`."""
         if not lacking or self._chosen.weights_only or self._checkpoint.pretrained_checkpoint is None:
             return frozenset()
         with _of_base():
-            self._base = self._open_base()
-        if self._base is None:
+            base = self._open_base()
+        if base is None:
             return frozenset()
+        self._base_files = base
+        self._base = LayeredReader(base, state.stored_places().bases, state.bases())
         found = frozenset(lacking) & self._base.index.keys()
         for key in found:
             blocks = blocks_of(key, live)
@@ -309,10 +348,12 @@ class Stager:
         return difference
 
     def _asked(self, wanted: _Wanted | None) -> bytes:
-        """A bit for each tensor of the checkpoint, by name: whether this rank asks for it. Empty without a plan."""
+        """A bit for each tensor of the checkpoint (layer by layer, where they lie in one), by name: whether this rank
+        asks for it. Empty without a plan."""
         if wanted is None:
             return b""
-        asked = [key in wanted.asked for key in sorted(self._reader.index)]
+        mine = self._reader.units_asked(wanted.asked)
+        asked = [unit in mine for unit in self._reader.units()]
         return b"\1" + np.packbits(np.array(asked, bool)).tobytes()
 
     def _missing(self, wanted: _Wanted, told: Sequence[bytes]) -> frozenset[str]:
@@ -322,8 +363,8 @@ class Stager:
         if len(set(map(len, told))) > 1:
             raise CorruptCopyError(f"{self._reader.folder} was read with other tensors on other ranks.")
         asked = np.bitwise_or.reduce([np.unpackbits(np.frombuffer(each, np.uint8)[1:]) for each in told])
-        stored = sorted(self._reader.index)
-        return frozenset(key for at, key in enumerate(stored) if not asked[at] and _part_of(key) in wanted.parts)
+        unasked = {unit for at, unit in enumerate(self._reader.units()) if not asked[at]}
+        return frozenset(key for key in self._reader.paths_of(unasked) if _part_of(key) in wanted.parts)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -333,20 +374,20 @@ class Stager:
 
     def _read(self, wanted: _Wanted) -> None:
         if self._bring is not None:
-            self._bring(wanted.targets)
+            self._bring(self._reader.as_stored(wanted.targets))
         elif self._shared_load:
             group = self._peers.open_replicas()
             try:
-                read_together(self._reader, wanted.targets, group)
+                read_together(self._view, wanted.targets, group)
             finally:
                 group.close()
         else:
-            self._reader.read(wanted.targets)
-        if self._base is None or not wanted.base_targets:
+            self._view.read(wanted.targets)
+        if self._base is None or self._base_files is None or not wanted.base_targets:
             return
         with _of_base():
             if self._verify:
-                self._base.verify(self._base.files(wanted.base_targets))
+                self._base_files.verify(self._base_files.files(self._base.as_stored(wanted.base_targets)))
             self._base.read(wanted.base_targets)
 
     # -- main parameters of a mixed-precision optimizer ---------------------------------------------------------------
@@ -394,6 +435,11 @@ def _of_base() -> Iterator[None]:
         yield
     except (CorruptCopyError, OSError) as error:
         raise NoUsableSaveError(f"pretrained_checkpoint cannot be used: {error}") from error
+
+
+def _rank_state(tree: dict[str, Any]) -> RankState:
+    values, tensors = encode(tree)
+    return RankState(values, dict(tensors))
 
 
 def _not_to_be_called() -> Resume:
