@@ -11,12 +11,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 BENCH_ARGS ?= --out bench-out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-slurm check format bench docs clean
+.PHONY: help demo test test-full test-slurm test-exhaustive check format bench docs clean
 
 help:
 	@echo "make demo       train on 4 virtual nodes, lose one for good, recover, compare bit for bit"
 	@echo "make test       the test suite, without the tests that take minutes"
 	@echo "make test-full  the tests that take minutes     make test-slurm  job scripts on a real Slurm cluster on this host"
+	@echo "make test-exhaustive  every fault at every system call, and 50,000 hostile inputs: an hour"
 	@echo "make check      ruff, mypy and the quick tests        make format     let ruff rewrite"
 	@echo "make bench      figures against memcpy, torch.save, DCP, gloo, NVRx"
 	@echo "make docs       regenerate docs/configuration.md, render docs/ to docs/_site"
@@ -49,7 +50,11 @@ test: $(VENV)/.test
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 test-full: $(VENV)/.test
-	$(PYTEST) -m "long and not slurm" $(PYTEST_ARGS)
+	$(PYTEST) -m "long and not slurm and not exhaustive" $(PYTEST_ARGS)
+
+# Every fault at every call, and more than 50,000 hostile inputs: an hour on two cores.
+test-exhaustive: $(VENV)/.test
+	$(PYTEST) -m exhaustive $(PYTEST_ARGS)
 
 # Debian's packages; where they cannot be installed the tests say so and are skipped. One cluster: one process.
 test-slurm: $(VENV)/.test

@@ -14,6 +14,7 @@ from tests.faults.pair import PeerRestore, Replication
 from tests.ranks import run_ranks, values
 
 SAMPLE = 8  # calls of each operation in the quick tests: each kind of fault once
+MORE = 16  # the same for `make test-full`; `make test-exhaustive` tries all
 BOUND_S = 3000.0  # of a whole loop
 
 
@@ -77,6 +78,16 @@ def test_faults_at_calls_spread_over_an_operation_cost_one_save_at_most_and_leav
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2 * BOUND_S)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_faults_at_more_calls_of_every_operation_cost_one_save_at_most_and_leave_nothing(
+    name: str, tmp_path: Path, memory_mount: Path, record_property: Any
+) -> None:
+    assert tried(name, MORE, tmp_path, memory_mount, record_property).points >= MORE // 2
+
+
+@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.timeout(2 * BOUND_S)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_fault_at_every_call_of_an_operation_costs_one_save_at_most_and_leaves_nothing(

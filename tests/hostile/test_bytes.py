@@ -24,7 +24,8 @@ Record = Callable[[str, Any], None]
 
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _QUICK = 60
-_THOROUGH = 1500
+_MORE = 200  # for `make test-full`
+_THOROUGH = 1500  # for `make test-exhaustive`
 _PARTS = 8
 #: A YAML document takes as long as thirty of anything else.
 _SLOW = {"run_config.yaml": 10, "YAML configuration": 10, "command line": 5}
@@ -64,6 +65,16 @@ def test_a_thorough_run_tries_more_than_50_000_inputs(known: dict[str, Parser]) 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("part", range(_PARTS))
+def test_every_parser_survives_more_inputs_at_random(
+    known: dict[str, Parser], part: int, record_property: Record
+) -> None:
+    _survive(list(known.values())[part::_PARTS], _MORE, record_property)
+
+
+@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("part", range(_PARTS))
 def test_every_parser_survives_a_thorough_run(known: dict[str, Parser], part: int, record_property: Record) -> None:
