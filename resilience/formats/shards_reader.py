@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from pathlib import Path
 
 import torch
@@ -52,6 +53,15 @@ class ShardsReader:
     @property
     def index(self) -> Mapping[str, StoredTensor]:
         return {key: StoredTensor(_dtype(each.dtype), each.global_shape) for key, each in self._together.whole.items()}
+
+    #: What only a checkpoint in a folder has: second names, a common state, objects for other programs.
+    aliases: Mapping[str, str] = MappingProxyType({})
+    common: Mapping[str, Any] = MappingProxyType({})
+    objects: Collection[str] = ()
+
+    def read_object(self, key: str) -> Any:
+        """There are none."""
+        raise MissingKeysError(f"{self.folder} lacks the object {key}.")
 
     def rank_state(self, rank: int) -> RankState | None:
         """Tensors that did not come along are promised: allocated when they are asked for, filled by `fill`."""
