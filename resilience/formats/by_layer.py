@@ -94,7 +94,9 @@ class LayeredReader:
         self._reader.read([stored for target in targets for stored in self._as_stored(target)])
 
     def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:
-        return cast(CheckpointReader, self._reader).files([stored for target in targets for stored in self._as_stored(target)], rank)
+        return cast(CheckpointReader, self._reader).files(
+            [stored for target in targets for stored in self._as_stored(target)], rank
+        )
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         cast(CheckpointReader, self._reader).verify(files)
