@@ -183,10 +183,11 @@ class _Job:
         self.divided._init_optimizer_states_with_dummy_values()  # torch's Adam has no state before
         tensors = self._tensors(content)
         described = self.optimizer.sharded_state_dict(tensors, is_loading=True, metadata=content)
+        kept = list(self._kept(tensors))  # a load lets go of the tensors
         loaded = dist_checkpointing.load({"tensors": tensors, "optimizer": described}, str(self.options.folder))
         self.optimizer.load_state_dict(loaded["optimizer"])
         checked = 0
-        for parameter, part, flat in self._kept(tensors):
+        for parameter, part, flat in kept:
             weight = loaded["tensors"][next(name for name, each in tensors.items() if each is part)]
             expected = self._expected(part, "param").to(torch.bfloat16)
             if not torch.equal(weight.reshape(part.local_shape), expected):
