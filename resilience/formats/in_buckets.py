@@ -297,8 +297,17 @@ def seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> Optimiz
     """A checkpoint of ours in which optimizer state lies in buckets, seen by parameter, for this rank's place.
 
     LayoutMismatchError, before any tensor is read, if the sizes of tensor, pipeline or expert parallelism are other
-    ones than those of the save.
+    ones than those of the save; CorruptCopyError if the values of the save make no sense.
     """
+    try:
+        return _seen_by_parameter(state, reader)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCopyError(
+            f"The values of {reader.folder} do not say what its buckets hold ({error!r})."
+        ) from error
+
+
+def _seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> OptimizerView:
     assert reader.record is not None, "a checkpoint of ours"
     layout = state.layout or ParallelLayout.default(0, 1)
     tree = _tree_of_this_place(reader, layout, reader.record.world_size)

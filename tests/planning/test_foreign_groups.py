@@ -54,3 +54,15 @@ def test_the_common_step_is_found_beside_the_groups() -> None:
     assert saved_step({"optimizer": {"state": {"common_step": 5.0}, "param_groups": []}}) == 5
     assert saved_step({"param_groups": []}) is None
     assert saved_step(None) is None
+
+
+def test_what_is_no_plain_value_is_left_out_and_no_nesting_is_followed_for_ever() -> None:
+    odd = {"lr": [[1.0]], "betas": (0.9, "x"), "eps": 1e-8, 7: 1, "step": -1, "weight_decay": {"a": 1}}
+    assert saved_groups({"param_groups": [odd, "none"]}) == [{"eps": 1e-8, "step": -1}]
+    (taken,) = take_groups([{"lr": 1.0, "eps": 1.0, "weight_decay": 0.1}], saved_groups({"param_groups": [odd]}))
+    assert (taken.values, taken.step) == ({"eps": 1e-8}, None)
+    nested: Any = {"param_groups": [odd]}
+    for _ in range(5000):
+        nested = {"optimizer": nested}
+    assert saved_groups(nested) == []
+    assert saved_step(nested) is None
