@@ -5,7 +5,7 @@ Importing this file needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,7 +63,8 @@ class RankShare:
     `values`: the JSON of its state's tree; without any, the rank has nothing of its own and gets no object. `aliases`:
     tree path → the earlier path that has the same tensor. `files`: its files besides the tensors, by name relative to
     the folder (`dataloader_state/train_dataloader_dprank000.pt`). `common`: entries of `common.pt`, tensors and plain
-    values only; rank 0's count.
+    values only; rank 0's count. `objects`: what other programs look for under keys of their own
+    (`rng_state/shard_0_1`), each given by one rank; formats that have no such objects leave them out.
     """
 
     chunks: Sequence[Chunk]
@@ -71,6 +72,7 @@ class RankShare:
     aliases: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,15 @@ class CheckpointReader(Protocol):
     @property
     def common(self) -> Mapping[str, Any]:
         """What is not sharded: `common.pt` or the object `common_state`."""
+        ...
+
+    @property
+    def objects(self) -> Collection[str]:
+        """Keys of what is stored beside tensors for other programs, or by them (`rng_state/shard_0.1_1.2`)."""
+        ...
+
+    def read_object(self, key: str) -> Any:
+        """One of them; CorruptCopyError if it is more than tensors, numpy arrays of numbers and plain values."""
         ...
 
     def rank_state(self, rank: int) -> RankState | None:
