@@ -6,8 +6,8 @@
     python optimizer_program.py ours-load ROOT …
 
 A GPT under Megatron's DDP with `get_megatron_optimizer`, saved and loaded by its `sharded_state_dict` and
-`dist_checkpointing`; the layout of a load is the one that the checkpoint's `content_metadata` names. Nothing of
-Megatron Core is replaced; of torch five calls are by which it assumes a GPU. Prints one JSON document: what each rank
+`dist_checkpointing`; the layout of a load is the one that the checkpoint's `content_metadata` names. Of torch
+five calls are replaced, by which Megatron Core assumes a GPU; of its own code one is helped along (`_keep_the_step`). Prints one JSON document: what each rank
 has.
 """
 
@@ -185,6 +185,7 @@ class _Job:
         described = self.optimizer.sharded_state_dict(tensors, is_loading=True, metadata=content)
         kept = list(self._kept(tensors))  # a load lets go of the tensors
         loaded = dist_checkpointing.load({"tensors": tensors, "optimizer": described}, str(self.options.folder))
+        self._keep_the_step()
         self.optimizer.load_state_dict(loaded["optimizer"])
         checked = 0
         for parameter, part, flat in kept:
@@ -201,6 +202,17 @@ class _Job:
             checked += 1
         groups = [[group["lr"], group["weight_decay"]] for group in self.optimizer.param_groups]
         return {"checked": checked, "groups": groups, "layout": content["distrib_optim_sharding_type"]}
+
+    def _keep_the_step(self) -> None:
+        """With torch's own Adam in it, Megatron's optimizer asks this layout for a step, which it has from the groups
+        already, and fails without (`load_parameter_state_from_fully_reshardable`)."""
+        put = self.divided._set_main_param_and_optimizer_states
+
+        def with_step(parameter: torch.Tensor, tensors: dict[str, Any]) -> None:
+            known = self.divided._get_main_param_and_optimizer_states(parameter)
+            put(parameter, {"step": known["step"], **tensors})
+
+        self.divided._set_main_param_and_optimizer_states = with_step
 
     # -- the same with this package -----------------------------------------------------------------------------------
 
