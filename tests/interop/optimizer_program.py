@@ -7,8 +7,8 @@
 
 A GPT under Megatron's DDP with `get_megatron_optimizer`, saved and loaded by its `sharded_state_dict` and
 `dist_checkpointing`; the layout of a load is the one that the checkpoint's `content_metadata` names. Of torch five
-calls are replaced by which Megatron Core assumes a GPU; of its own code one is helped along (`_keep_the_step`). Prints one
-JSON document: what each rank has.
+calls are replaced by which Megatron Core assumes a GPU; of its own code one is helped along (`_keep_the_step`).
+Prints one JSON document: what each rank has.
 """
 
 from __future__ import annotations
