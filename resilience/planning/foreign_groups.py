@@ -81,6 +81,8 @@ def _optimizers(stored: object, depth: int = 0) -> Iterator[Mapping[Any, Any]]:
 
 def _plain(group: Mapping[Any, Any]) -> dict[str, Any]:
     values = {name: _number(value) for name, value in group.items() if isinstance(name, str)}
+    if "weight_decay" in values and _of(values, "wd_mult") == 0:
+        values["weight_decay"] = 0.0  # Megatron's scheduler multiplies it out, from its first step on
     return {
         name: value
         for name, value in values.items()

@@ -43,6 +43,11 @@ def test_megatrons_own_multipliers_count_more() -> None:
     assert taken.values == {"lr": 0.5, "weight_decay": 0.0, "betas": (0.9, 0.95)}
 
 
+def test_a_group_whose_decay_no_scheduler_has_multiplied_out_yet_does_not_decay() -> None:
+    fresh = {"param_groups": [SAVED[0], {**SAVED[1], "weight_decay": 0.1}]}
+    assert [group["weight_decay"] for group in saved_groups(fresh)] == [0.1, 0.0]
+
+
 def test_what_candidates_differ_in_is_disputed_and_without_any_nothing_is_taken_but_the_step() -> None:
     (taken,) = take_groups([{"lr": 1.0, "weight_decay": 0.2}], [SAVED[0], {**SAVED[0], "lr": 0.25}])
     assert (taken.values, taken.disputed) == ({"weight_decay": 0.1}, ("lr",))
