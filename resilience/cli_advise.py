@@ -56,6 +56,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     failures("--restart-s", type=from_zero, default=60.0, metavar="S", help="until processes are there (default 60)")
     node = parser.add_argument_group("a node, all its ranks together").add_argument
     node("--measure", action="store_true", help="measure this node: copying, hashing, disk, loopback; a few seconds")
+    node(
+        "--measure-s", type=above_zero, default=1.0, metavar="S", help="bound of each of five measurements (default 1)"
+    )
     node("--memory-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="default /dev/shm")
     node("--disk-dir", type=Path, default=Path(), metavar="DIR", help="on the local disk (default: here)")
     for name, meaning in _SPEEDS.items():
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if args.process_share + args.rack_share > 1:
         raise ConfigError("--process-share and --rack-share are shares of all failures: at most 1 together.")
     nodes = -(-args.ranks // args.ranks_per_node)
-    measured = measure_node(args.memory_dir, args.disk_dir, SystemClock()) if args.measure else None
+    measured = _measure(args) if args.measure else None
     question = Question(
         ranks=args.ranks,
         ranks_per_node=min(args.ranks, args.ranks_per_node),
@@ -92,6 +95,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     )
     advice = advise(question, _available())
     return 0, _document(question, advice, measured)
+
+
+def _measure(args: argparse.Namespace) -> Measured:
+    return measure_node(args.memory_dir, args.disk_dir, SystemClock(), seconds=args.measure_s)
 
 
 def _speed(args: argparse.Namespace, measured: Measured | None) -> Bandwidths:

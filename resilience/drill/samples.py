@@ -18,7 +18,7 @@ _ATTEMPTS = "attempts"
 
 
 class Sampler:
-    """A `Watch` that samples until `seconds` have passed since it was made.
+    """A `Watch` that samples until `seconds` have passed since training began: a slow start is no soak.
 
     `directories`: what the job keeps; asked anew each time, since nodes come and go.
     """
@@ -33,7 +33,8 @@ class Sampler:
         directories_every_s: float = 2.0,
     ) -> None:
         self._clock = clock
-        self._until = clock.now() + seconds
+        self._seconds = seconds
+        self._until: float | None = None
         self._directories_of = directories
         self._processes_every_s = max(processes_every_s, seconds / 10_000)  # so that an hour, or a week, is bounded too
         self._directories_every_s = max(directories_every_s, seconds / 2_000)
@@ -44,6 +45,8 @@ class Sampler:
 
     def look(self, ranks: Mapping[int, RankProgress]) -> None:
         now = self._clock.now()
+        if self._until is None and any(state.iteration for state in ranks.values()):
+            self._until = now + self._seconds
         if now >= self._processes_at:
             self._processes_at = now + self._processes_every_s
             found = (_process(now, rank, state) for rank, state in ranks.items())
@@ -60,7 +63,7 @@ class Sampler:
                 stream.write(json.dumps(vars(sample)) + "\n")
 
     def over(self) -> bool:
-        return self._clock.now() >= self._until
+        return self._until is not None and self._clock.now() >= self._until
 
 
 def _process(now: float, rank: int, state: RankProgress) -> ProcessSample | None:

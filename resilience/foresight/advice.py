@@ -29,6 +29,7 @@ _CANDIDATES: tuple[tuple[Redundancy, int], ...] = (
     ("none", 1), ("replica", 2), ("replica", 3), ("xor", 4), ("xor", 8), ("rs", 4), ("rs", 8),
 )  # fmt: skip
 _PERSIST_AT_LEAST_EVERY_S = 3600.0
+_PERSIST_AT_MOST_EVERY_S = 600.0  # shared storage is others' too
 _WORTH = 0.0005  # goodput for which more memory or another scheme is not worth it
 
 
@@ -208,9 +209,9 @@ def _to_shared_storage(
 
 
 def _persist_interval(question: Question, stall_s: float, takes: Durations, beyond: float, interval: int) -> int:
-    """Steps: the best for the failures that need it, at least one an hour, and a multiple of the other interval."""
+    """Steps: the best for the failures that need it, one to six an hour, and a multiple of the other interval."""
     longest = max(1, round(_PERSIST_AT_LEAST_EVERY_S / question.step_s))
-    shortest = min(longest, _steps(takes.persist_s, question))
+    shortest = min(longest, _steps(max(takes.persist_s, _PERSIST_AT_MOST_EVERY_S), question))
     steps = longest
     if beyond > 0:
         steps = best_interval(
@@ -237,10 +238,10 @@ def _goodput(question: Question, option: Option, interval: int) -> float:
 
 
 def _best(options: list[Option]) -> Option:
-    """The most goodput; of those that are as good, the one that a node has to hold least for."""
+    """The most goodput; of those that are as good, one that does without shared storage and holds least on a node."""
     most = max(option.expected_goodput for option in options)
     as_good = [option for option in options if option.expected_goodput >= most - _WORTH]
-    return min(as_good, key=lambda option: (option.memory.total, option.save_type, option.factor))
+    return min(as_good, key=lambda option: (option.redundancy == "none", option.memory.total, option.factor))
 
 
 def _steps(seconds: float, question: Question) -> int:

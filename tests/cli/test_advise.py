@@ -49,7 +49,7 @@ def test_figures_that_are_told_go_before_measured_ones(
 ) -> None:
     told = ["--network-bytes-per-s", "12e9", "--node-memory-bytes", str(10**12)]
     where = ["--memory-dir", str(memory_mount), "--disk-dir", str(tmp_path)]
-    document = answer(capsys, "--mtbf-hours", "6", "--measure", *where, *told)[1]
+    document = answer(capsys, "--mtbf-hours", "6", "--measure", "--measure-s", "0.1", *where, *told)[1]
     assert document["bytes_per_s"]["network"] == 12e9
     assert document["bytes_per_s"]["memory"] == document["measured"]["memory"]
     assert document["measured"]["loopback"] > 0

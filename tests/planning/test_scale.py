@@ -25,10 +25,10 @@ from tests.planning.big import RANKS_PER_NODE, cluster
 
 
 def plan_seconds(ranks: int) -> float:
-    """Best of five: election, retrieval plan and cliques for 3 saves of 8 ranks per node, two copies each."""
+    """Best of two: election, retrieval plan and cliques for 3 saves of 8 ranks per node, two copies each."""
     inventories, nodes = cluster(ranks)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(2):
         gc.collect()
         start = time.process_time()
         decision = elect(inventories, run_id="run", world_size=ranks, strikes=frozenset(), policy=ElectionPolicy())
