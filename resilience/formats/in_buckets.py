@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from resilience.errors import CorruptCopyError, LayoutMismatchError
+from resilience.errors import CorruptCopyError, LayoutMismatchError, ResilienceError
 from resilience.formats.keys import BUCKETS_PREFIX
 from resilience.formats.optimizer_common import DP_RESHARDABLE, SHARDING_TYPE, marked_groups
 from resilience.formats.optimizer_view import OptimizerView
@@ -302,9 +302,9 @@ def seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> Optimiz
     try:
         return _seen_by_parameter(state, reader)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CorruptCopyError(
-            f"The values of {reader.folder} do not say what its buckets hold ({error!r})."
-        ) from error
+        if isinstance(error, ResilienceError):
+            raise
+        raise CorruptCopyError(f"{reader.folder} does not say what its buckets hold ({error!r}).") from error
 
 
 def _seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> OptimizerView:
