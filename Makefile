@@ -11,12 +11,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 BENCH_ARGS ?= --out bench-out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full check format bench docs clean
+.PHONY: help demo test test-full test-slurm check format bench docs clean
 
 help:
 	@echo "make demo       train on 4 virtual nodes, lose one for good, recover, compare bit for bit"
 	@echo "make test       the test suite, without the tests that take minutes"
-	@echo "make test-full  the tests that take minutes"
+	@echo "make test-full  the tests that take minutes     make test-slurm  job scripts on a real Slurm cluster on this host"
 	@echo "make check      ruff, mypy and the quick tests        make format     let ruff rewrite"
 	@echo "make bench      figures against memcpy, torch.save, DCP, gloo, NVRx"
 	@echo "make docs       regenerate docs/configuration.md, render docs/ to docs/_site"
@@ -49,7 +49,13 @@ test: $(VENV)/.test
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 test-full: $(VENV)/.test
-	$(PYTEST) -m long $(PYTEST_ARGS)
+	$(PYTEST) -m "long and not slurm" $(PYTEST_ARGS)
+
+# Debian's packages; where they cannot be installed the tests say so and are skipped. One cluster: one process.
+test-slurm: $(VENV)/.test
+	@command -v slurmctld >/dev/null || { apt-get -qq update && \
+		apt-get -qq install -y --no-install-recommends slurm-wlm munge; } || echo "Slurm cannot be installed here"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

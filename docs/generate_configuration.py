@@ -114,7 +114,6 @@ def _not_yet() -> str:
         {"redundancy": "rs"},
         {"snapshot_mode": "overlapped"},
         {"metrics": "tensorboard:DIR"},
-        {"secret_env": "NAME"},
     ]
     refusals: list[ConfigError] = []
     for given in resiliencies:

@@ -22,7 +22,9 @@ from resilience.job import Job, join_job, resolve_run_id, start_id
 from resilience.planning.decision import ElectionPolicy
 from resilience.planning.inventory import Tier
 from resilience.planning.topology import Topology, make_topology
+from resilience.planning.typed_json import from_plain, parsed
 from resilience.replication.assembling import ShardBringer
+from resilience.replication.authenticated import agree_on_key
 from resilience.replication.communicator import Agreements, Communicator
 from resilience.replication.gathering import ShardGatherer
 from resilience.restore import Restorer
@@ -33,6 +35,7 @@ from resilience.runtime.clock import Clock
 from resilience.runtime.memory import available_bytes
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.state.parallel_layout import ParallelLayout
+from resilience.stores.authentication import Seal, key_of
 from resilience.stores.filesystem import FileSystem, Lock
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import NodeStore
@@ -41,6 +44,7 @@ from resilience.stores.shared_store import SharedStore
 __all__ = ["Start", "agree_all", "assemble", "memory_directory"]
 
 _LOCK_WAIT_S = 20.0
+_STEP = "how a rank's step of the start went"
 _NONCE = ".nonce-"
 
 #: Draws a name of so many random bytes, in hexadecimal.
@@ -116,6 +120,9 @@ def _assemble(
 ) -> Start:
     """`locks` takes those that were acquired."""
     place = (layout or ParallelLayout()).resolve(communicator.rank, communicator.world_size)
+    seal, session = agree_on_key(setup, lambda: key_of(resiliency.secret_env, env), draw)
+    communicator.authenticate(session)
+    setup = session.agreements(setup, "setup")
     job = join_job(communicator, setup, place, resiliency, _common_settings(checkpoint, resiliency), env)
     shared = SharedLoader(
         checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell,
@@ -123,7 +130,7 @@ def _assemble(
     )  # fmt: skip
     run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env, draw)
     attempt = setup.broadcast(draw(16).encode() if job.rank == 0 else None).decode()
-    stores = _node_stores(checkpoint, resiliency, run_id, job, fs, env)
+    stores = _node_stores(checkpoint, resiliency, run_id, job, fs, env, seal)
     agree_all(setup, lambda: _take_locks(stores, job, clock, locks))
     _refuse_shared_directories(stores, job, setup, draw)
     if job.leads_node:
@@ -143,7 +150,7 @@ def _assemble(
     )
     assembler = _assembler(checkpoint, job, communicator, setup, stores, keeper, shared.peers, fs, tell, threads)
     restorer = Restorer(
-        job, setup, run_id, attempt, stores, gatherer, assembler, shared, topology, policy, clock, tell
+        job, setup, run_id, attempt, stores, gatherer, shared, topology, policy, clock, tell, assembler
     )  # fmt: skip
     return Start(
         job,
@@ -199,7 +206,8 @@ def agree_all(setup: Agreements, step: Callable[[], None]) -> None:
     except (ResilienceError, OSError) as error:
         problem = error
     mine = json.dumps(None if problem is None else [type(problem).__name__, str(problem)[:2000]])
-    told = [json.loads(payload) for payload in setup.gather(mine.encode())]
+    heard = setup.gather(mine.encode())
+    told = [from_plain(tuple[str, str] | None, parsed(each, _STEP), _STEP) for each in heard]
     if problem is not None:
         raise problem
     for rank, failed in enumerate(told):
@@ -264,6 +272,7 @@ def _node_stores(
     job: Job,
     fs: FileSystem,
     env: Mapping[str, str],
+    seal: Seal,
 ) -> tuple[NodeStore, ...]:
     """This node's directories of the run: both tiers are read whatever the type is now; new saves go to the first."""
     kind = checkpoint.non_persistent_ckpt_type
@@ -276,7 +285,7 @@ def _node_stores(
     stores: dict[Path, NodeStore] = {}
     for place, tier in places:
         base = Path(os.path.abspath(place))
-        stores.setdefault(base, NodeStore(base, run_id, job.node_id, tier, fs))
+        stores.setdefault(base, NodeStore(base, run_id, job.node_id, tier, fs, seal))
     return tuple(stores.values())
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from resilience.cli_sources import at_least_one
 from resilience.config import CheckpointConfig, ResiliencyConfig, load_config, validate_together
 from resilience.errors import CommandError, ConfigError, MemoryBudgetError, ResilienceError
 from resilience.planning.memory import MemoryBudget, budget, check
 from resilience.planning.schedule import shortest_interval
+from resilience.planning.site import Finding, JobScript, Level, judge_site, parse_job_script
 from resilience.planning.topology import Topology, make_topology
 from resilience.runtime.memory import available_bytes
+from resilience.runtime.site import site_facts
+from resilience.stores.authentication import key_of
 from resilience.stores.discovery import find_sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.stores.shared_store import SharedStore
@@ -22,17 +24,7 @@ from resilience.stores.shared_store import SharedStore
 if TYPE_CHECKING:
     from rich.console import Console
 
-Level = Literal["error", "warning", "info"]
 _BUFFER_BYTES_PER_RANK = 4 << 20  # bounded buffers of one rank: hashing and sending
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing worth knowing; `error` means that training would be refused or unsafe."""
-
-    level: Level
-    what: str
-    advice: str = ""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +35,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks-per-node", type=at_least_one, metavar="N", help="default: all ranks on one node")
     add("--state-bytes", type=at_least_one, metavar="B", help="bytes of one rank's shard, for the memory budget "
         "(default: as in the newest save on this node, if there is one)")  # fmt: skip
+    add("--job-script", type=Path, metavar="F", help="the Slurm job script that is to be submitted")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Examine; status 1 if something would be refused. CommandError (status 2) if the file is not there."""
     if not args.config.is_file():
         raise CommandError(f"There is no configuration {args.config}.", advice="Give a YAML file.", status=2)
+    script = _job_script(args.job_script)
     findings: list[Finding] = []
     memory: dict[str, Any] | None = None
     try:
@@ -58,9 +52,18 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     else:
         doctor = _Doctor(checkpoint, resiliency, args.world_size, args.ranks_per_node, PosixFileSystem())
         memory = doctor.examine(args.state_bytes)
-        findings = doctor.findings
+        findings = [*doctor.findings, *judge_site(site_facts(doctor.memory_dirs(), os.environ, script))]
     ok = not any(finding.level == "error" for finding in findings)
     return (0 if ok else 1), {"ok": ok, "findings": [vars(each) for each in findings], "memory": memory}
+
+
+def _job_script(path: Path | None) -> JobScript | None:
+    if path is None:
+        return None
+    try:
+        return parse_job_script(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise CommandError(f"The job script {path} cannot be read: {error.strerror}.", status=2) from error
 
 
 class _Doctor:
@@ -87,10 +90,18 @@ class _Doctor:
     def on_nodes(self) -> bool:
         return self.checkpoint.non_persistent_ckpt_type in ("local", "in_memory")
 
+    def memory_dirs(self) -> list[str]:
+        """Where this job keeps files on a node."""
+        if not self.on_nodes:
+            return []
+        named = [str(self._memory_directory()), self.checkpoint.non_persistent_local_ckpt_dir]
+        return list(dict.fromkeys(filter(None, named)))
+
     def examine(self, state_bytes: int | None) -> dict[str, Any] | None:
         """All checks; returns the memory budget, or None where there is none to make."""
         self._together()
         self._name()
+        self._secret()
         self._save_directory()
         if not self.on_nodes:
             return None
@@ -132,6 +143,13 @@ class _Doctor:
         else:
             self._say("error", "The run has no name that a restart would know.",
                       "Set resiliency.run_id, or checkpoint.save.")  # fmt: skip
+
+    def _secret(self) -> None:
+        """The ranks' environment may be another one: what is wrong with this one is a warning."""
+        try:
+            key_of(self.resiliency.secret_env, os.environ)
+        except ConfigError as error:
+            self._say("warning", str(error).removesuffix(error.advice).rstrip(), error.advice)
 
     def _save_directory(self) -> None:
         if self.checkpoint.save is None:

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     error = found.plan.decision.error
     if error is not None and error[0] == "SourceUnavailable":
         raise SourceUnavailableError(error[1], advice=error[2])
-    return (0 if found.chosen else 1), as_json(found)
+    document = as_json(found)
+    document["notes"] += sources.not_authenticated(sources.node_inventories(found.run_id))
+    return (0 if found.chosen else 1), document | {"authenticated": sources.seal.keyed}
 
 
 def as_json(found: Explanation) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     sources = sources_of(args)
     inventories = sources.readable(sources.run_id)
     entries = [entry for entry in catalog(inventories) if sources.run_id in (None, entry.run_id)]
-    notes = [note for each in inventories for note in each.notes]
-    return 0, {"saves": [as_json(entry) for entry in entries], "notes": notes}
+    notes = [note for each in inventories for note in each.notes] + sources.not_authenticated(inventories)
+    return 0, {"saves": [as_json(entry) for entry in entries], "authenticated": sources.seal.keyed, "notes": notes}
 
 
 def as_json(entry: CatalogEntry) -> dict[str, Any]:

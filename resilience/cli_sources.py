@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resilience.errors import CommandError
 from resilience.formats.registry import foreign_problem
+from resilience.stores.authentication import key_of
 from resilience.stores.discovery import Sources, default_memory_dir, find_sources
 from resilience.stores.filesystem import PosixFileSystem
 
@@ -15,7 +16,7 @@ __all__ = ["add_sources", "at_least_one", "sources_of"]
 
 
 def add_sources(parser: argparse.ArgumentParser, *, shared: bool = True) -> None:
-    """Declare `--local`, `--save`, `--global-dir`, `--run-id`."""
+    """Declare `--local`, `--save`, `--global-dir`, `--run-id`, `--secret-env`."""
     group = parser.add_argument_group("where saves lie")
     group.add_argument(
         "--local",
@@ -31,6 +32,11 @@ def add_sources(parser: argparse.ArgumentParser, *, shared: bool = True) -> None
         group.add_argument("--save", type=Path, metavar="DIR", help="the directory of persistent checkpoints")
         group.add_argument("--global-dir", type=Path, metavar="DIR", help="the directory of `global` saves")
     group.add_argument("--run-id", metavar="ID", help="only this run")
+    group.add_argument(
+        "--secret-env",
+        metavar="NAME",
+        help="environment variable with the job's secret: what has no MAC of its key counts as not there",
+    )
 
 
 def sources_of(args: argparse.Namespace) -> Sources:
@@ -53,6 +59,7 @@ def sources_of(args: argparse.Namespace) -> Sources:
         global_dir=global_dir,
         run_id=args.run_id,
         foreign_problem=foreign_problem,
+        seal=key_of(args.secret_env, os.environ, "--secret-env"),
     )
 
 

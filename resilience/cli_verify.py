@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "checked": found.checked,
         "read_bytes": found.read_bytes,
         "deep": bool(args.deep),
+        "authenticated": sources.seal.keyed,
+        "notes": sources.not_authenticated(sources.node_inventories()),
         "damaged": [vars(damage) for damage in found.damaged],
     }
     return (1 if found.damaged else 0), document
@@ -126,6 +128,8 @@ def show(document: dict[str, Any], console: Console) -> None:
     how = f"{size(document['read_bytes'])} read and hashed" if document["deep"] else "records, headers and sizes only"
     verdict = f"{len(document['damaged'])} damaged" if document["damaged"] else "no damage found"
     say(console, f"{document['checked']} checked ({how}): {verdict}.", "red" if document["damaged"] else "")
+    for note in document["notes"]:
+        say(console, f"note: {note}", "yellow")
 
 
 def _with_path(damage: dict[str, Any]) -> str:

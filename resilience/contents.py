@@ -82,8 +82,10 @@ def _read_shard(path: Path, fs: FileSystem) -> tuple[dict[str, Any], int, int, l
         start, stop = header.values
         values = json.loads(bytes(mapped.view[start:stop]) or b"null")
         nbytes = mapped.nbytes
+    except CorruptCopyError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, CorruptCopyError) else CorruptCopyError(f"{path}: {error}") from error
+        raise CorruptCopyError(f"{path}: {error}") from error
     finally:
         mapped.close()
     told: dict[str, Any] = {"path": str(path), "owner": header.owner, "world_size": header.world_size, "bytes": nbytes}

@@ -14,12 +14,14 @@ __all__ = [
     "CorruptCopyError",
     "DivergedRanksError",
     "EvictedError",
+    "ForgedMessageError",
     "LayoutMismatchError",
     "MemoryBudgetError",
     "MissingCheckpointExit",
     "MissingKeysError",
     "NoProgressError",
     "NoUsableSaveError",
+    "NotAuthenticError",
     "PeerLostError",
     "ResilienceError",
     "SaveFailedError",
@@ -75,6 +77,10 @@ class CorruptCopyError(ResilienceError, ValueError):
     """Stored bytes do not parse or do not match their digest."""
 
 
+class NotAuthenticError(CorruptCopyError):
+    """Something on a node or from a peer has no valid MAC of this job's key; it counts as not there."""
+
+
 class CheckpointNotFoundError(ResilienceError, FileNotFoundError):
     """A checkpoint that was asked for by name or iteration is not there; says what is."""
 
@@ -93,6 +99,10 @@ class PeerLostError(ResilienceError, ConnectionError):
     def __init__(self, message: str, *, advice: str = "", rank: int | None = None) -> None:
         super().__init__(message, advice=advice)
         self.rank = rank
+
+
+class ForgedMessageError(PeerLostError):
+    """What came from a peer has no valid MAC of this job's key: altered on the way, repeated, or somebody else's."""
 
 
 class DivergedRanksError(ResilienceError, RuntimeError):

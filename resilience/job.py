@@ -18,6 +18,8 @@ from typing import Any
 
 from resilience.config import ResiliencyConfig
 from resilience.errors import ConfigError
+from resilience.planning.typed_json import from_json, parsed
+from resilience.planning.wire import to_json
 from resilience.replication.communicator import Agreements, Communicator, SoloCommunicator
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.stores.records import is_name
@@ -66,6 +68,15 @@ class Job:
         return tuple(first.values())
 
 
+@dataclass(frozen=True)
+class _Identity:
+    """What a rank tells of itself. `place`: see `Job.coordinates`."""
+
+    node: str
+    domain: str
+    place: tuple[int, int]
+
+
 def make_communicator(timeout_s: float) -> Communicator:
     """Over torch.distributed if it is initialised, else a world of one.
 
@@ -102,21 +113,19 @@ def join_job(
     node_id = node_identity(config, env)
     domain = config.failure_domain or env.get("RESILIENCE_FAILURE_DOMAIN") or node_id
     _refuse_different_settings(setup, settings)
-    mine = {"node": node_id, "domain": domain, "place": list(layout.shard_coordinate)}
-    everyone = [json.loads(payload) for payload in setup.gather(json.dumps(mine).encode())]
+    told = setup.gather(to_json(_Identity(node_id, domain, layout.shard_coordinate)))
+    everyone = [from_json(_Identity, payload, f"rank {rank}'s identity") for rank, payload in enumerate(told)]
     domains: dict[str, str] = {}
     for each in everyone:
-        known = domains.setdefault(each["node"], each["domain"])
-        if known != each["domain"]:
-            raise ConfigError(
-                f"node {each['node']!r} is said to be in failure domain {known!r} and {each['domain']!r}."
-            )
+        known = domains.setdefault(each.node, each.domain)
+        if known != each.domain:
+            raise ConfigError(f"node {each.node!r} is said to be in failure domain {known!r} and {each.domain!r}.")
     return Job(
         rank=communicator.rank,
         local_rank=communicator.local_rank,
-        nodes=tuple(each["node"] for each in everyone),
+        nodes=tuple(each.node for each in everyone),
         domains=domains,
-        coordinates=tuple((each["place"][0], each["place"][1]) for each in everyone),
+        coordinates=tuple(each.place for each in everyone),
     )
 
 
@@ -130,7 +139,7 @@ def _refuse_different_settings(setup: Agreements, mine: Mapping[str, Any]) -> No
     highest, lowest = setup.maximum([mark, -mark])
     if highest == -lowest:
         return
-    everyone = [json.loads(payload) for payload in setup.gather(word)]
+    everyone = [parsed(payload, f"rank {rank}'s settings") for rank, payload in enumerate(setup.gather(word))]
     for rank, settings in enumerate(everyone):
         differ = [name for name, value in settings.items() if value != everyone[0].get(name)]
         if differ:

@@ -6,25 +6,22 @@ copy off, on all ranks, and elects again; a structural mismatch (another model) 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import xxhash
 
 from resilience import errors
 from resilience.errors import CorruptCopyError, DivergedRanksError, LayoutMismatchError, ResilienceError
 from resilience.job import Job
-from resilience.planning.assembly import Assembly, Shown
-from resilience.planning.decision import Decision, ElectionPolicy, Strike
+from resilience.planning.decision import ElectionPolicy, Strike
 from resilience.planning.inventory import Inventory, SaveId, Tier
-from resilience.planning.kept import Standing
 from resilience.planning.restore_plan import Plan, needed_owners, plan_restore
-from resilience.planning.retrieval import Fetch, LocalCopy, RetrievalPlan, Verify
 from resilience.planning.topology import Topology
-from resilience.planning.wire import inventories_from_json, inventories_to_json
+from resilience.planning.typed_json import from_json
+from resilience.planning.wire import inventories_from_json, inventories_to_json, to_json
 from resilience.replication.assembling import BadCopiesError
 from resilience.replication.communicator import Agreements
 from resilience.replication.gathering import ShardGatherer
@@ -43,6 +40,33 @@ _MAX_ROUNDS = 10_000  # a round strikes off at least one copy
 _REFUSED = b'{"refused"'
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """Instead of a plan: the class in `errors` and the words that all ranks raise."""
+
+    refused: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """How a rank's load went: bytes and copies it retrieved (of its own, of replicas), or in words why it failed."""
+
+    counts: tuple[int, int, int] = (0, 0, 0)
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """How a rank's try to obtain or to plan went: what failed, what kept it from trying, that it does not fit."""
+
+    failed: tuple[Strike, ...] = ()
+    problem: str = ""
+    unfit: bool = False
+
+
+_Word = TypeVar("_Word", _Loaded, _Tried)
+
+
 @dataclass
 class Restorer:
     """One start's restore. `run` is collective over all ranks."""
@@ -53,12 +77,12 @@ class Restorer:
     attempt: str  # drawn by the leader; equal on all ranks
     stores: tuple[NodeStore, ...]
     gatherer: ShardGatherer | None
-    assembler: AssemblyLoader | None
     shared: SharedLoader
     topology: Topology
     policy: ElectionPolicy
     clock: Clock
     tell: Callable[..., None]
+    assembler: AssemblyLoader | None = None  # of saves of another world size on nodes; where there are node stores
 
     def run(self, state: TrainingState) -> tuple[Plan, Resume | None]:
         """Elect, retrieve and load. Returns the plan and, unless this is a fresh start, what was resumed from."""
@@ -139,7 +163,7 @@ class Restorer:
                 plan = self._plan([*nodes, *self.shared.inventories(self.run_id)], strikes, final)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for the broadcast
             return _refusal(error)
-        return json.dumps(dataclasses.asdict(plan), separators=(",", ":")).encode()
+        return to_json(plan)
 
     def _plan(self, inventories: list[Inventory], strikes: frozenset[Strike], final: bool) -> Plan:
         return plan_restore(
@@ -153,9 +177,8 @@ class Restorer:
         )
 
     def _raise_refusal(self, answer: bytes) -> None:
-        refused = json.loads(answer).get("refused")
-        if refused is not None:
-            raise errors.error_like(*refused)
+        if answer.startswith(_REFUSED):
+            raise errors.error_like(*from_json(_Refusal, answer, "the leader's answer").refused)
 
     def _try(
         self, plan: Plan, state: TrainingState, round_number: int, struck_before: Collection[Strike]
@@ -242,22 +265,21 @@ class Restorer:
         was moved and found is summed over all ranks.
         """
         problem: Exception | None = None
-        mine: dict[str, Any] = {}
         try:
             resume = copy()
-            mine["counts"] = [resume.retrieved_bytes, resume.own_copies, resume.replica_copies]
+            mine = _Loaded(counts=(resume.retrieved_bytes, resume.own_copies, resume.replica_copies))
         except Exception as error:  # noqa: BLE001  (the others must not go on without this rank)
-            problem, mine["failed"] = error, _in_words(error)
-        everyone = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
+            problem, mine = error, _Loaded(failed=_in_words(error))
+        everyone = self._told(_Loaded, mine)
         if problem is not None:
             raise problem
         for rank, told in enumerate(everyone):
-            if "failed" in told:
+            if told.failed:
                 raise ResilienceError(
-                    f"rank {rank} failed while it loaded, so that no rank can go on: {told['failed']}",
+                    f"rank {rank} failed while it loaded, so that no rank can go on: {told.failed}",
                     advice="Nothing was saved since. Mend the cause and start again.",
                 )
-        retrieved, own, replicas = (sum(column) for column in zip(*(each["counts"] for each in everyone), strict=True))
+        retrieved, own, replicas = (sum(column) for column in zip(*(each.counts for each in everyone), strict=True))
         return replace(resume, retrieved_bytes=retrieved, own_copies=own, replica_copies=replicas)
 
     def _agree_strikes(
@@ -270,23 +292,23 @@ class Restorer:
 
         So is that one rank cannot take the save in (`unfit`), whatever else went wrong elsewhere.
         """
-        mine = {
-            "failed": [dataclasses.asdict(strike) for strike in failed],
-            "problem": "" if problem is None else _in_words(problem),
-            "unfit": unfit is not None,
-        }
-        everyone = [json.loads(payload) for payload in self.setup.gather(json.dumps(mine).encode())]
+        mine = _Tried(tuple(failed), "" if problem is None else _in_words(problem), unfit is not None)
+        everyone = self._told(_Tried, mine)
         if unfit is not None:
             raise unfit
-        if any(told["unfit"] for told in everyone):
+        if any(told.unfit for told in everyone):
             raise LayoutMismatchError("another rank cannot load the elected save.", advice="See that rank's log.")
         if problem is not None:
             raise problem
         for rank, told in enumerate(everyone):
-            if told["problem"]:
-                raise ResilienceError(f"rank {rank} could not obtain what it needs: {told['problem']}")
-        strikes = [strike for told in everyone for strike in told["failed"]]
-        return {Strike(**each | {"save": SaveId(**each["save"])}) for each in strikes}
+            if told.problem:
+                raise ResilienceError(f"rank {rank} could not obtain what it needs: {told.problem}")
+        return {strike for told in everyone for strike in told.failed}
+
+    def _told(self, kind: type[_Word], mine: _Word) -> list[_Word]:
+        """Every rank's `kind`, in rank order. Collective."""
+        gathered = self.setup.gather(to_json(mine))
+        return [from_json(kind, payload, f"what rank {rank} told") for rank, payload in enumerate(gathered)]
 
 
 def _in_words(error: Exception) -> str:
@@ -316,27 +338,4 @@ def _places(plan: Plan) -> set[tuple[str, Tier]]:
 
 
 def _plan_from_json(content: bytes) -> Plan:
-    fields: dict[str, Any] = json.loads(content)
-    retrieval = fields["retrieval"]
-    standing = fields["standing"]
-    return Plan(
-        decision=Decision.from_json(json.dumps(fields["decision"])),
-        retrieval=RetrievalPlan(
-            tuple(LocalCopy(**each) for each in retrieval["local"]),
-            tuple(Fetch(**each) for each in retrieval["fetches"]),
-            tuple(Verify(**each) for each in retrieval["verify"]),
-        ),
-        standing=Standing(
-            tuple(SaveId(**each) for each in standing["kept"]),
-            tuple(standing["digests"]),
-            tuple((owner, rank) for owner, rank in standing["lacking"]),
-        ),
-        split=fields["split"],
-        notes=tuple(fields["notes"]),
-        assembly=None if fields["assembly"] is None else _assembly_from_json(fields["assembly"]),
-    )
-
-
-def _assembly_from_json(fields: dict[str, Any]) -> Assembly:
-    shown = tuple(Shown(**each) for each in fields["shown"])
-    return Assembly(fields["world_size"], shown, tuple(LocalCopy(**each) for each in fields["local"]))
+    return from_json(Plan, content, "the plan of the restart")

@@ -32,12 +32,13 @@ from resilience.formats.shown_shard import (
 from resilience.job import Job
 from resilience.planning.assembly import Assembly
 from resilience.planning.decision import Candidate, Strike
+from resilience.planning.typed_json import from_json
 from resilience.replication.assembling import ShardBringer, share
 from resilience.replication.communicator import Agreements
 from resilience.reports import Resume
 from resilience.restore_staging import Peers, Stager
 from resilience.state.training_state import TrainingState
-from resilience.stores.digest import combined
+from resilience.stores.digest import algorithm_of, combined
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.node_store import NodeStore
 from resilience.stores.shared_records import FolderRecord
@@ -111,7 +112,10 @@ class AssemblyLoader:
                 planned = expected.get(header.owner)
                 if planned is None or (header.save, header.world_size) != (chosen.save, assembly.world_size):
                     raise CorruptCopyError(f"a shard of rank {header.owner} was told of that is not of this save.")
-                if (combined(shard.segments), shard.nbytes) != (planned.digest, planned.nbytes):
+                if (combined(shard.segments, algorithm_of(planned.digest)), shard.nbytes) != (
+                    planned.digest,
+                    planned.nbytes,
+                ):
                     raise CorruptCopyError(f"what was told of rank {header.owner}'s shard is not of what was sealed.")
                 shards[header.owner] = shard
         if shards.keys() != expected.keys():
@@ -132,8 +136,10 @@ class AssemblyLoader:
 
         marks = {owner: small_marks(shard) for owner, shard in shards.items()}
         for payload in share(self.setup, mark):
-            for owner, told in json.loads(payload).items():
-                marks[int(owner)] |= told
+            for owner, told in from_json(dict[int, dict[str, str]], payload, "what a rank's pieces are").items():
+                if owner not in marks:
+                    raise CorruptCopyError(f"pieces of rank {owner} were told of, whose shard was not.")
+                marks[owner] |= told
         together = parts_together(headers, marks)
         folder = self.store.shard_path(chosen.save, 0, assembly.world_size).parent
         record = FolderRecord(chosen.run_id or "", chosen.save, assembly.world_size, "shards", {})

@@ -20,7 +20,8 @@ from resilience.controller import ResiliencyController
 from resilience.drill.rehearsal import Rehearsal
 from resilience.errors import ConfigError, SaveFailedError, StoppedExit
 from resilience.reports import Resume
-from resilience.runtime.watchdog import Watchdog, stop_time
+from resilience.runtime.slurm import stop_time
+from resilience.runtime.watchdog import Watchdog
 from resilience.state.digest import state_digest
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.train_state import TrainState
@@ -237,7 +238,7 @@ class ResilientTrainer:
             self._controller.clock,
             term_grace_s=config.term_grace_s,
             hang_timeout_s=config.hang_timeout_s,
-            stop_at=stop_time(config.stop_before_s, os.environ),
+            stop_at=stop_time(config.stop_before_s, os.environ) if self._controller.rank == 0 else None,
             request=self._controller.request,
             look=self._controller.asked_from_outside,
             tell=self._controller.tell,

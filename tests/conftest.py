@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+#: Plugins that say at the end of a run what it tried.
+pytest_plugins = ["tests.hostile.summary"]
+
 #: Variables that the code under test reads; one set on the machine must not decide what a test sees. They are dropped
 #: on import, before any test module or worker process looks.
 _READ_PREFIXES = ("RESILIENCE_", "SLURM_", "SLURMD_", "TORCHELASTIC_", "GROUP_", "ROLE_")

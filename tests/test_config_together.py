@@ -49,7 +49,6 @@ def test_an_interval_without_a_directory_would_save_nothing_and_is_refused_at_th
         ({}, {"redundancy": "xor"}, "resiliency.redundancy"),
         ({}, {"redundancy": "rs"}, "resiliency.redundancy"),
         ({}, {"snapshot_mode": "overlapped"}, "resiliency.snapshot_mode"),
-        ({}, {"secret_env": "JOB_KEY"}, "resiliency.secret_env"),
         ({}, {"metrics": "metrics.prom"}, "resiliency.metrics"),
     ],
 )

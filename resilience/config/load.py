@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from resilience.config.checkpoint import CheckpointConfig
 from resilience.config.resiliency import ResiliencyConfig
 from resilience.config.setting import Setting, settings_of
+from resilience.config.yaml_bounds import unfolds_too_far
 from resilience.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -173,11 +174,16 @@ def _read_yaml(path: Path) -> object:
     Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
     Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+        if unfolds_too_far(document):
+            raise ConfigError(f"{path}: its aliases stand for more values than a configuration has.")
+        return document
     except OSError as error:
         raise ConfigError(f"{path}: the configuration cannot be read: {error.strerror}.") from error
     except ConfigError:
         raise
+    except RecursionError as error:
+        raise ConfigError(f"{path}: this is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or `!!int` before what is none
         raise ConfigError(f"{path}: this is not YAML: {error}.") from error
 

@@ -141,7 +141,8 @@ class ResiliencyConfig:
     metrics: str | None = setting(None, "A Prometheus text file, or `tensorboard:DIR`.", path=True)
     secret_env: str | None = setting(
         None,
-        "Name of an environment variable with a key: peers' bytes are authenticated (keyed BLAKE2b).",
+        "Name of an environment variable with a secret, the same on all ranks: what peers send and what lies on nodes "
+        "is authenticated (keyed BLAKE2b).",
         limit=VARIABLE_NAME,
     )
 

@@ -97,13 +97,6 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
             "failures are not counted over restarts, so the failure rate must be given",
             "Set mtbf_hours.",
         )
-    if resiliency.secret_env is not None:
-        refuse(
-            "resiliency.secret_env",
-            resiliency.secret_env,
-            "peers' bytes are checked by digest but not authenticated",
-            "Leave secret_env out, and run on a network that others cannot write to.",
-        )
     if resiliency.metrics is not None:
         refuse(
             "resiliency.metrics",

@@ -289,19 +289,27 @@ def _go_on_without(scenario: Scenario, fault: Fault, active: list[int]) -> None:
 def random_faults(scenario: Scenario, seed: int, count: int = 3) -> Scenario:
     """The scenario with `count` faults drawn from the seed, each recoverable by what the scenario keeps.
 
-    Never more lost nodes than spares, at least `save_every` iterations between faults, nothing before the first save.
+    Never more lost nodes than spares, or in an elastic job fewer nodes than two that hold each other's copies; at least
+    `save_every` iterations between faults, nothing before the first save.
     """
     random = Random(seed)
     first, last = scenario.save_every + 1, scenario.train_iters - 1
     kinds = ["kill", "lose", "stop"] if scenario.save_type == "global" else ["kill", "lose", "stop", "corrupt", "torn"]
+    kinds += ["lose", "join"] if scenario.elastic else []
     faults: list[Fault] = []
     at = first + random.randrange(scenario.save_every)
     while len(faults) < count and at <= last:
         kind = random.choice(kinds)
-        if kind == "lose" and sum(fault.kind == "lose" for fault in faults) >= scenario.spares:
-            kind = "stop"
         active = rosters(replace(scenario, faults=tuple(faults)))[-1]
-        index = random.choice(active) if KINDS[kind].target == "node" else random.randrange(scenario.world_size)
+        lost = sum(fault.kind == "lose" for fault in faults)
+        if kind == "lose" and lost >= scenario.spares and not (scenario.elastic and len(active) > 2):
+            kind = "stop"
+        if kind == "join":
+            gone = [index for index in range(scenario.nodes) if index not in active]
+            index = random.choice([*gone, scenario.nodes + scenario.spares + len(faults)])
+        else:
+            ranks = len(active) * scenario.ranks_per_node
+            index = random.choice(active) if KINDS[kind].target == "node" else random.randrange(ranks)
         faults.append(Fault(kind, index, at))
         at += scenario.save_every + random.randrange(1, max(2, (last - first) // max(1, count)))
     return replace(scenario, faults=tuple(faults))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from resilience.errors import CorruptCopyError, ResilienceError, SaveFailedError
+from resilience.planning.typed_json import parsed
 from resilience.replication.communicator import Agreements
 
 __all__ = ["exchange", "on_first"]
@@ -51,7 +52,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
-    answer = json.loads(content)
+    answer = parsed(content, "what a rank answered")
     if not isinstance(answer, dict):
         raise CorruptCopyError("A rank answered with something else than a JSON object.")
     return answer

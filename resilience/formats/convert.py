@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 
+from resilience.config.yaml_bounds import unfolds_too_far
 from resilience.errors import CommandError, CorruptCopyError
 from resilience.formats.convert_parts import Extent, parts_of
 from resilience.formats.convert_ranks import in_turn
@@ -164,10 +165,15 @@ def _run_config(folder: Path, fs: FileSystem) -> dict[str, Any]:
     path = folder / RUN_CONFIG
     try:
         config = yaml.safe_load(fs.read(path, _CONFIG_LIMIT))
+        if unfolds_too_far(config):
+            raise CorruptCopyError(f"{path}: its aliases stand for more values than a configuration has.")
     except FileNotFoundError:
         return {}
-    except yaml.YAMLError as error:
-        raise CorruptCopyError(f"{path} cannot be read: {str(error)[:200]}") from error
+    except CorruptCopyError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        # what a safe loader makes of a day that is none, a key that cannot be one, or ten thousand brackets
+        raise CorruptCopyError(f"{path} cannot be read: {str(error)[:200] or type(error).__name__}") from error
     return config if isinstance(config, dict) else {}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from resilience.errors import CorruptCopyError, UnsafePathError
 from resilience.stores.filesystem import FileSystem
-from resilience.stores.inert_pickle import Inert, load_inert
+from resilience.stores.inert_pickle import Inert, load_inert, shown
 
 __all__ = ["METADATA", "DcpIndex", "Extent", "StoredChunk", "StoredRegion", "parse_metadata", "read_metadata"]
 
@@ -143,7 +143,7 @@ def _extents(check: _Check, fields: Mapping[str, Any]) -> Iterator[tuple[tuple[s
         if not isinstance(key, str):
             raise check.wrong("an entry of storage_data has no key")
         if stored.get("transform_descriptors"):
-            raise check.wrong(f"{key} was written through an extension ({stored['transform_descriptors']!r})")
+            raise check.wrong(f"{key} was written through an extension ({shown(stored['transform_descriptors'])})")
         extent = Extent(
             check.file_name(stored.get("relative_path")),
             check.length(stored.get("offset"), f"the offset of {key}"),
@@ -205,7 +205,7 @@ class _Check:
 
     def length(self, found: object, name: str) -> int:
         if type(found) is not int or not 0 <= found < 1 << 62:
-            raise self.wrong(f"{name} is {str(found)[:40]}")
+            raise self.wrong(f"{name} is {shown(found)}")
         return found
 
     def size(self, found: object, name: str) -> tuple[int, ...]:
@@ -224,7 +224,7 @@ class _Check:
 
     def file_name(self, found: object) -> str:
         if not isinstance(found, str) or not found or found in (".", "..") or "/" in found or "\0" in found:
-            raise UnsafePathError(f"{self.what} names the file {str(found)[:80]!r}, which is not one of its folder.")
+            raise UnsafePathError(f"{self.what} names the file {shown(found)}, which is not one of its folder.")
         return found
 
     def found(self, extents: _Extents, key: str, offsets: tuple[int, ...] | None) -> Extent:

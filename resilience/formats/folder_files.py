@@ -37,6 +37,7 @@ from resilience.formats.torch_archive import read_archive, saved_bytes
 from resilience.replication.communicator import Agreements
 from resilience.state.sharding import may_be_cut
 from resilience.stores.filesystem import FileSystem
+from resilience.stores.inert_pickle import shown
 from resilience.stores.shared_records import RECORD_NAME, FolderRecord, encode_folder
 from resilience.stores.trackers import TRAIN_STATE
 
@@ -222,6 +223,10 @@ def read_train_state(folder: Path, fs: FileSystem) -> dict[str, int | float | bo
         number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
         if not isinstance(number, int | float) or (kind is not float and not whole):
-            raise CorruptCopyError(f"{path} has {str(value)[:40]} for {name}, which is no counter.")
+            raise CorruptCopyError(f"{path} has {_said(value)} for {name}, which is no counter.")
         counters[name] = kind(number)
     return counters
+
+
+def _said(value: object) -> str:
+    return str(value)[:40] if isinstance(value, torch.Tensor | float) else shown(value)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from resilience.errors import CorruptCopyError
 from resilience.formats.protocol import StateReader, Target
+from resilience.planning.typed_json import from_json
 from resilience.replication.communicator import Agreements, PeerFailedError
 
 __all__ = ["PeerFailedError", "Region", "agree", "deal", "read_together"]
@@ -80,8 +81,8 @@ def read_together(reader: StateReader, targets: Sequence[Target], group: Agreeme
     What a member alone needs it reads alone. PeerFailedError if another member could not read what fell to it.
     """
     mine = {Region.of(target): target for target in targets}
-    told = group.gather(json.dumps([[r.key, r.offsets, r.shape, r.dtype] for r in mine]).encode())
-    asked = [[Region(k, tuple(o), tuple(s), d) for k, o, s, d in json.loads(payload)] for payload in told]
+    told = group.gather(json.dumps([asdict(region) for region in mine]).encode())
+    asked = [list(from_json(tuple[Region, ...], payload, "what a rank wants to load")) for payload in told]
     dealt = deal(asked)
     problem: Exception | None = None
     try:

@@ -118,9 +118,9 @@ class _Putting:
             for number, pieces in groups.items():
                 digest = f"sum {self._sum(pieces)}"
                 for rank in _members(self._headers, number):
-                    for found in pieces.values():
-                        key = self._add(self._own[rank], found)
-                        self._digests[rank][key] = digest
+                    keys = {self._add(self._own[rank], found) for found in pieces.values()}
+                    for key in keys:  # one; a tensor of several blocks comes here for each of them
+                        self._digests[rank][key] = f"{self._digests[rank].get(key, '')} {digest}"
 
     def _sum(self, pieces: Mapping[Box, list[tuple[int, SavedPiece]]]) -> int:
         return sum_of(int(self._mark(*found[0])) for found in pieces.values())

@@ -137,6 +137,9 @@ def _checked_entries(content: memoryview) -> list[zipfile.ZipInfo]:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
         raise ValueError("it has compressed entries")
+    if min((entry.header_offset for entry in entries), default=0) != 0:
+        # `zipfile` makes up for bytes that were lost or put before; torch's reader takes what lies there for lengths
+        raise ValueError("its entries do not lie where it says")
     if sum(entry.file_size for entry in entries) > len(content):
         raise ValueError("its entries claim more bytes than it has")
     return entries

@@ -162,8 +162,10 @@ def read_index(folder: Path, fs: FileSystem) -> ZarrIndex:
 def _document(path: Path, fs: FileSystem) -> dict[str, Any]:
     try:
         document = json.loads(fs.read(path, _LIMIT))
+    except CorruptCopyError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, CorruptCopyError) else CorruptCopyError(f"{path}: {error}") from error
+        raise CorruptCopyError(f"{path}: {error}") from error
     if not isinstance(document, dict) or document.get("zarr_format") != 3:
         raise CorruptCopyError(f"{path} is no metadata of zarr v3.")
     return document

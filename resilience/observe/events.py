@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -45,10 +46,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "replica_copies": (int,),
     "rebuilt": (int,),
     "passed_over": (list,),
+    "tiers": (list,),
+    "nodes": (list,),
+    "problems": (list,),
+    "decision": (dict,),
     "value": _NUMBER,
     "name": (str,),
     "digest": (str,),
 }
+_BEYOND_ANY_NUMBER = 1 << 63
 _REQUIRED = ("t", "node", "rank", "pid", "event")
 
 
@@ -79,7 +85,7 @@ class EventLog:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
                 path = directory / f"{node_id.replace('/', '_')}.jsonl"
-                self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._fd = _open_for_appending(path)
             except OSError as error:
                 self._failed(error)
 
@@ -116,6 +122,16 @@ class EventLog:
         self.failures += 1
         if self.failures == 1:
             self._say(f"events of node {self._node_id} cannot be written ({error}); training goes on without them")
+
+
+def _open_for_appending(path: Path) -> int:
+    """A pipe that somebody put there would be waited for, and a link may lead to any file of ours. OSError."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{path} is no regular file")
+    return fd
 
 
 def _say_on_stderr(sentence: str) -> None:
@@ -189,12 +205,15 @@ def scan_events(paths: Iterable[Path]) -> EventScan:
 
 
 def event_files(paths: Iterable[Path]) -> list[Path]:
-    """Files as given; a directory stands for the `*.jsonl` in it and in its `events/`, if it is a drill's."""
+    """Files as given; a directory stands for the `*.jsonl` in it and in its `events/`, if it is a drill's.
+
+    What has that name in a directory and is no file is left out: a pipe would be waited for.
+    """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files.extend(sorted(path.glob("*.jsonl")))
-            files.extend(sorted((path / "events").glob("*.jsonl")))
+            there = [*sorted(path.glob("*.jsonl")), *sorted((path / "events").glob("*.jsonl"))]
+            files.extend(each for each in there if each.is_file())
         else:
             files.append(path)
     return files
@@ -251,6 +270,6 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
             continue
         if not isinstance(value, types) or isinstance(value, bool):
             return None
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, int | float) and not abs(value) < _BEYOND_ANY_NUMBER:  # nor is it NaN
             return None
     return event

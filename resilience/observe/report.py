@@ -27,7 +27,8 @@ def write_report(paths: Iterable[Path], page: Path) -> Run:
     scan = scan_events(paths)
     run = run_of(scan.events)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(run, skipped=scan.skipped), encoding="utf-8")
+    # an event may hold half a character, which JSON can write and UTF-8 cannot
+    page.write_text(render(run, skipped=scan.skipped), encoding="utf-8", errors="backslashreplace")
     return run
 
 

@@ -49,13 +49,20 @@ class Assembly:
 
 @dataclass(frozen=True)
 class Move:
-    """Segments of one shard that travel once between two nodes, between these two ranks; ascending numbers."""
+    """Segments of one shard that travel once between two nodes, between these two ranks; ascending numbers.
 
-    owner: int
+    They are read from the copy `source`, which nobody need have verified: each segment is held against its own digest.
+    """
+
+    source: LocalCopy
     from_rank: int
     to_rank: int
     to_node: str
     segments: tuple[int, ...]
+
+    @property
+    def owner(self) -> int:
+        return self.source.owner
 
 
 def plan_showing(
@@ -134,16 +141,29 @@ def readers(assembly: Assembly, nodes: Sequence[str], wanted: Sequence[Collectio
 def plan_moves(
     assembly: Assembly, nodes: Sequence[str], wanted: Sequence[Mapping[int, Collection[int]]]
 ) -> tuple[Move, ...]:
-    """What travels. `wanted`: by rank, the segments of each owner's shard that it needs."""
+    """What travels. `wanted`: by rank, the segments of each owner's shard that it needs.
+
+    From the holder that has least to send, as `plan_retrieval` spreads whole shards: those with least choice first.
+    """
+    holders: dict[int, list[LocalCopy]] = {}
+    for copy in assembly.local:
+        holders.setdefault(copy.owner, []).append(copy)
     here = {(copy.node, copy.owner) for copy in assembly.local}
-    sender = {shown.owner: shown.rank for shown in assembly.shown}
     receiver = readers(assembly, nodes, [list(each) for each in wanted])
     needed: dict[tuple[str, int], set[int]] = {}
-    for rank, owners in enumerate(wanted):
-        for owner, numbers in owners.items():
-            if (nodes[rank], owner) not in here and numbers:
-                needed.setdefault((nodes[rank], owner), set()).update(numbers)
-    return tuple(
-        Move(owner, sender[owner], receiver[node, owner], node, tuple(sorted(numbers)))
-        for (node, owner), numbers in sorted(needed.items())
-    )
+    ranks_on: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks_on.setdefault(node, []).append(rank)
+        for owner, numbers in wanted[rank].items():
+            if (node, owner) not in here and numbers:
+                needed.setdefault((node, owner), set()).update(numbers)
+    sent: Counter[str | int] = Counter()  # segments, by node and by rank
+    moves: list[Move] = []
+    for node, owner in sorted(needed, key=lambda each: (len(holders[each[1]]), -len(needed[each]), each)):
+        source = min(holders[owner], key=lambda each: (sent[each.node], TIERS.index(each.tier), each.node))
+        rank = min(ranks_on[source.node], key=lambda each: (sent[each], each))
+        segments = tuple(sorted(needed[node, owner]))
+        sent[source.node] += len(segments)
+        sent[rank] += len(segments)
+        moves.append(Move(source, rank, receiver[node, owner], node, segments))
+    return tuple(sorted(moves, key=lambda move: (move.to_node, move.owner)))

@@ -34,6 +34,7 @@ class Ballot:
     unknown: tuple[str, ...]
     abandoned: Mapping[SaveId, AttemptLog]
     fruitless: Mapping[SaveId | None, int]
+    unauthentic: int = 0  # files of this run that have no MAC of this job's key
     passed_over: list[PassedOver] = field(default_factory=list)
 
     def pass_over(self, save: SaveId, tier: Tier, reason: str) -> None:
@@ -120,6 +121,7 @@ def open_ballot(
         tuple(sorted(f"{each.source}: {each.unknown}" for each in inventories if each.unknown)),
         abandonments(own, history.attempts),
         fruitless_bases(history.attempts, policy.max_restarts_without_progress),
+        sum(each.unauthentic for each in inventories),
     )
     _pass_over_unfit(ballot, inventories)
     return ballot

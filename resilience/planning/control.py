@@ -185,6 +185,8 @@ def decode(vector: Sequence[int]) -> ControlAgreement:
 
 def _decode_slots(vector: Sequence[int], count: int, leaving: bool) -> tuple[SlotAgreement, ...]:
     slots: list[SlotAgreement] = []
+    if not 0 <= count <= SLOTS:
+        raise DivergedRanksError(f"Ranks tell of {count} saves in the making; there are at most {SLOTS}.")
     for at in range(_HEADER, _HEADER + count * _PER_SLOT, _PER_SLOT):
         highest, negated_lowest, negated_step, failed, negated_settled, cost_us = vector[at : at + _PER_SLOT]
         if highest != -negated_lowest:
@@ -193,6 +195,8 @@ def _decode_slots(vector: Sequence[int], count: int, leaving: bool) -> tuple[Slo
             raise DivergedRanksError(
                 f"Ranks disagree on a save in the making: iteration {-negated_lowest} on one, {highest} on another."
             )
+        if not 0 <= -negated_step < len(_STEPS):
+            raise DivergedRanksError(f"Ranks tell of step {-negated_step} of a save in the making, which there is not.")
         progress: Progress = "failed" if failed else _STEPS[-negated_step]
         slots.append(SlotAgreement(highest, progress, bool(-negated_settled), cost_us))
     return tuple(slots)

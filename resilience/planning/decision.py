@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from resilience.errors import (
     CheckpointNotFoundError,
@@ -20,6 +20,7 @@ from resilience.errors import (
     SourceUnavailableError,
 )
 from resilience.planning.inventory import SaveId, Tier
+from resilience.planning.typed_json import from_json
 
 ErrorKind = Literal["NoUsableSave", "SourceUnavailable", "CheckpointNotFound", "NoProgress", "MissingCheckpointExit"]
 
@@ -131,11 +132,4 @@ class Decision:
     @staticmethod
     def from_json(text: str) -> Decision:
         """The decision whose `to_json` this is."""
-        fields: dict[str, Any] = json.loads(text)
-        if fields["chosen"] is not None:
-            fields["chosen"] = Candidate(**(fields["chosen"] | {"save": SaveId(**fields["chosen"]["save"])}))
-        fields["passed_over"] = tuple(PassedOver(**each) for each in fields["passed_over"])
-        fields["unknown"] = tuple(fields["unknown"])
-        for key in ("error", "fork"):
-            fields[key] = None if fields[key] is None else tuple(fields[key])
-        return Decision(**fields)
+        return from_json(Decision, text, "the leader's decision")

@@ -127,6 +127,13 @@ def _newest_of_this_run(ballot: Ballot) -> Decision:
     decision = _first_usable(ballot, options)
     if decision is not None:
         return decision
+    if ballot.unauthentic and not ballot.history.completed and ballot.policy.on_no_usable_save == "stop":
+        return ballot.fail(
+            "NoUsableSave",
+            f"Run {ballot.run_id!r} has {ballot.unauthentic} files on its nodes without a MAC of this job's key, and "
+            "no save that has one: they were written without a key, with another one, or by somebody else.",
+            'Start with the key that they were written with, or set on_no_usable_save="fresh" to start over.',
+        )
     completed = ballot.history.completed
     if completed and ballot.policy.on_no_usable_save == "stop":
         newest = max(completed)

@@ -103,4 +103,5 @@ class Inventory:
     certificates: tuple[SaveId, ...] = ()
     unknown: str = ""
     notes: tuple[str, ...] = ()  # copies that were seen and not counted, each with its reason
+    unauthentic: int = 0  # of `notes`: how many are of files without a MAC of this job's key
     foreign_runs: tuple[str, ...] = field(default=())  # other runs seen in the same directory, for the log only

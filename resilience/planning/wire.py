@@ -6,9 +6,17 @@ import dataclasses
 import json
 from typing import Any
 
-from resilience.planning.inventory import AttemptLog, Inventory, NodeSave, SaveId, SharedSave
+from resilience.planning.inventory import Inventory
+from resilience.planning.typed_json import from_plain, parsed
 
-__all__ = ["inventories_from_json", "inventories_to_json"]
+__all__ = ["inventories_from_json", "inventories_to_json", "to_json"]
+
+_WHAT = "what a rank told of the saves that it sees"
+
+
+def to_json(told: Any) -> bytes:
+    """A dataclass; `typed_json.from_json` gives it back."""
+    return json.dumps(dataclasses.asdict(told), separators=(",", ":")).encode()
 
 
 def inventories_to_json(inventories: list[Inventory]) -> bytes:
@@ -16,29 +24,6 @@ def inventories_to_json(inventories: list[Inventory]) -> bytes:
 
 
 def inventories_from_json(content: bytes) -> list[Inventory]:
-    """What `inventories_to_json` gave; it comes from a live peer of this job, not from a disk."""
-    return [_inventory(fields) for fields in json.loads(content)]
-
-
-def _inventory(fields: dict[str, Any]) -> Inventory:
-    return Inventory(
-        **fields
-        | {
-            "node_saves": tuple(_record(NodeSave, each) for each in fields["node_saves"]),
-            "shared_saves": tuple(_record(SharedSave, each) for each in fields["shared_saves"]),
-            "attempts": tuple(_attempt(each) for each in fields["attempts"]),
-            "certificates": tuple(SaveId(**each) for each in fields["certificates"]),
-            "notes": tuple(fields["notes"]),
-            "foreign_runs": tuple(fields["foreign_runs"]),
-        }
-    )
-
-
-def _record(kind: type[Any], fields: dict[str, Any]) -> Any:
-    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-    return kind(**fields | lists | {"save": SaveId(**fields["save"])})
-
-
-def _attempt(fields: dict[str, Any]) -> AttemptLog:
-    saves = {key: SaveId(**fields[key]) if fields[key] else None for key in ("base", "completed")}
-    return AttemptLog(**fields | saves | {"fork": tuple(fields["fork"]) if fields["fork"] else None})
+    """What `inventories_to_json` gave, on a live peer of this job; DivergedRanksError if it is anything else."""
+    found = from_plain(tuple[Inventory, ...], parsed(content, _WHAT), _WHAT)
+    return list(found)

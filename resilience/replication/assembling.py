@@ -13,22 +13,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from resilience.errors import CorruptCopyError, MemoryBudgetError, ResilienceError
+from resilience.errors import CorruptCopyError, DivergedRanksError, MemoryBudgetError, ResilienceError
 from resilience.job import Job
 from resilience.planning.assembly import Assembly, Move, Shown, plan_moves, readers
 from resilience.planning.decision import Strike
 from resilience.planning.inventory import SaveId, Tier
 from resilience.planning.retrieval import Fetch, LocalCopy
+from resilience.planning.typed_json import from_json
 from resilience.replication.communicator import Agreements, Communicator, PeerFailedError
 from resilience.replication.retrieval import Fetched, run_fetches
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena, bytes_of
 from resilience.snapshot.loader import OpenShard, open_shard
-from resilience.stores.digest import SEGMENT_BYTES, combined, segment_digests
+from resilience.stores.digest import SEGMENT_BYTES, algorithm_of, combined, segment_digests
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import NodeStore, locate_copy
 
@@ -112,11 +112,12 @@ class ShardBringer:
         if key in self._verified:
             return
         shard = self._open(save, assembly, copy)
-        digests = tuple(segment_digests(shard.mapped.view))
-        if combined(digests) != copy.digest:
+        digests = tuple(segment_digests(shard.mapped.view, algorithm_of(copy.digest)))
+        found = combined(digests, algorithm_of(copy.digest))
+        if found != copy.digest:
             path = shard.mapped.path
             self._opened.pop(path).close()
-            raise CorruptCopyError(f"{path} has digest {combined(digests)}, its owner computed {copy.digest}.")
+            raise CorruptCopyError(f"{path} has digest {found}, its owner computed {copy.digest}.")
         self._verified[key] = digests
 
     def _digests(self, save: SaveId, copy: Shown | LocalCopy) -> tuple[bytes, ...]:
@@ -144,10 +145,10 @@ class ShardBringer:
         """
         self.let_go()
         told = share(self._setup, lambda: _packed(wanted()))
-        asked = [_unpacked(payload) for payload in told]
+        asked = [_unpacked(payload, digests) for payload in told]
         nodes = self._job.nodes
         moves = plan_moves(assembly, nodes, asked)
-        share(self._setup, lambda: self._check_room(save, assembly, moves))
+        share(self._setup, lambda: self._check_room(save, moves))
         strikes: list[Strike] = []
 
         def verify_local() -> None:
@@ -155,11 +156,12 @@ class ShardBringer:
 
         def move() -> bytes:
             arrived = self._move(save, assembly, moves, digests, verify_local)
-            strikes.extend(self._land(save, assembly, arrived, moves))
+            strikes.extend(self._land(save, arrived))
             return json.dumps([[each.where, each.tier, each.owner] for each in strikes]).encode()
 
         told = share(self._setup, move)
-        bad = {Strike(where, tier, save, owner) for payload in told for where, tier, owner in json.loads(payload)}
+        heard = [from_json(tuple[tuple[str, Tier, int], ...], payload, "a rank's strikes") for payload in told]
+        bad = {Strike(where, tier, save, owner) for strikes_there in heard for where, tier, owner in strikes_there}
         if bad:
             named = ", ".join(sorted(f"rank {each.owner}'s on {each.where}" for each in bad)[:5])
             raise BadCopiesError(f"copies of iteration {save.iteration} are bad: {named}", sorted(bad, key=repr))
@@ -188,17 +190,18 @@ class ShardBringer:
         self._opened.clear()
         self._verified.clear()
 
-    def _check_room(self, save: SaveId, assembly: Assembly, moves: Sequence[Move]) -> bytes:
+    def _check_room(self, save: SaveId, moves: Sequence[Move]) -> bytes:
         """What comes to this node has to fit beside what is there. By the node's leader; MemoryBudgetError."""
         if not self._job.leads_node:
             return b""
-        needed = sum(_nbytes(assembly, move) for move in moves if move.to_node == self._job.node_id)
+        needed = sum(_nbytes(move) for move in moves if move.to_node == self._job.node_id)
         if not needed:
             return b""
         what = f"{needed} bytes of shards of iteration {save.iteration} are fetched for this load, then freed"
         self._tell("memory", what=what)
-        places = ("memory", "shared_memory") if self._keeper.file_is_arena else ("memory", "disk")
-        free = [found for place in places if (found := self._available().get(place)) is not None]
+        room = self._available()  # they land among the arenas: in memory, if any directory of the node is
+        places = ("disk",) if room.get("shared_memory") is None else ("memory", "shared_memory")
+        free = [found for place in places if (found := room.get(place)) is not None]
         if free and needed > min(free):
             raise MemoryBudgetError(
                 f"The node cannot take in what it needs: {what}, and {min(free)} are free.",
@@ -226,12 +229,12 @@ class ShardBringer:
         meanwhile: Callable[[], None],
     ) -> list[Fetched]:
         self._rounds += 1
-        shown = {each.owner: each for each in assembly.shown}
         by_place = {(move.owner, move.to_node): move for move in moves}
         fetches = []
         for move in moves:
-            source = shown[move.owner]
-            digest = combined(digests[move.owner][number] for number in move.segments)
+            source = move.source
+            parts = (digests[move.owner][number] for number in move.segments)
+            digest = combined(parts, algorithm_of(source.digest))
             fetches.append(
                 Fetch(
                     move.owner,
@@ -241,14 +244,14 @@ class ShardBringer:
                     move.from_rank,
                     move.to_node,
                     move.to_rank,
-                    _nbytes(assembly, move),
+                    _nbytes(move),
                     digest,
                 )
             )
 
         def read(fetch: Fetch) -> _Segments:
-            shard = self._open(save, assembly, shown[fetch.owner])
-            return _Segments(shard, by_place[fetch.owner, fetch.to_node].segments)
+            move = by_place[fetch.owner, fetch.to_node]
+            return _Segments(self._open(save, assembly, move.source), move.segments)
 
         def land(fetch: Fetch) -> Arena:
             path = self._landing(fetch.owner)
@@ -262,9 +265,7 @@ class ShardBringer:
             reserve=self._keeper.reserve_room, meanwhile=meanwhile, threads=self._threads,
         )  # fmt: skip
 
-    def _land(
-        self, save: SaveId, assembly: Assembly, arrived: Sequence[Fetched], moves: Sequence[Move]
-    ) -> list[Strike]:
+    def _land(self, save: SaveId, arrived: Sequence[Fetched]) -> list[Strike]:
         """What came is held against the digest by now; what did not come, or differs, is struck off."""
         strikes: list[Strike] = []
         for got in arrived:
@@ -318,17 +319,21 @@ class _Segments:
         return min(SEGMENT_BYTES, len(self._content) - number * SEGMENT_BYTES)
 
 
-def _nbytes(assembly: Assembly, move: Move) -> int:
-    whole = next(each.nbytes for each in assembly.shown if each.owner == move.owner)
-    return sum(min(SEGMENT_BYTES, whole - number * SEGMENT_BYTES) for number in move.segments)
+def _nbytes(move: Move) -> int:
+    return sum(min(SEGMENT_BYTES, move.source.nbytes - number * SEGMENT_BYTES) for number in move.segments)
 
 
 def _packed(wanted: Mapping[int, set[int]]) -> bytes:
     return json.dumps([[owner, sorted(numbers)] for owner, numbers in sorted(wanted.items())]).encode()
 
 
-def _unpacked(payload: bytes) -> dict[int, set[int]]:
-    return {owner: set(numbers) for owner, numbers in json.loads(payload)}
+def _unpacked(payload: bytes, digests: Mapping[int, Sequence[bytes]]) -> dict[int, set[int]]:
+    """What another rank wants; DivergedRanksError if it speaks of segments that no shard has."""
+    told = from_json(tuple[tuple[int, tuple[int, ...]], ...], payload, "the segments that a rank wants")
+    wanted = {owner: set(numbers) for owner, numbers in told}
+    if not all(numbers <= set(range(len(digests.get(owner, ())))) for owner, numbers in wanted.items()):
+        raise DivergedRanksError("a rank asks for segments that no shard has.")
+    return wanted
 
 
 def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
@@ -342,7 +347,8 @@ def share(group: Agreements, make: Callable[[], bytes]) -> list[bytes]:
         mine = make()
     except Exception as error:  # noqa: BLE001  (whatever it is, the others wait for this rank's answer)
         problem = error
-    told: list[Any] = [json.loads(each) for each in group.gather(json.dumps([len(mine), problem is not None]).encode())]
+    word = json.dumps([len(mine), problem is not None]).encode()
+    told = [from_json(tuple[int, bool], each, "how much a rank has to say") for each in group.gather(word)]
     if problem is not None:
         raise problem
     if any(failed for _, failed in told):

@@ -18,7 +18,7 @@ import torch
 from resilience.errors import CorruptCopyError, PeerLostError
 from resilience.planning.inventory import SaveId
 from resilience.planning.pacing import is_piece
-from resilience.replication.communicator import Links, Transfer
+from resilience.replication.communicator import PROVED_TAG, Links, Transfer
 from resilience.replication.pace import Pace
 from resilience.snapshot.arena import Arena
 from resilience.stores.digest import ALGORITHM, SegmentedDigest, is_digest, segments
@@ -26,9 +26,9 @@ from resilience.stores.digest import ALGORITHM, SegmentedDigest, is_digest, segm
 __all__ = ["CliqueExchange", "ExchangeBrokenError", "Inbox", "Offer", "Received"]
 
 _MAGIC: Final = 0x52455349_4C494531
-_OPENING, _SEGMENT, _CLOSING = 1, 2, 3
+_OPENING, _SEGMENT, _CLOSING = 1, PROVED_TAG, 3
 _OPENING_WORDS: Final = 8
-_CLOSING_BYTES: Final = 64
+_CLOSING_BYTES: Final = 128
 _LARGEST_SHARD: Final = 1 << 45
 
 
@@ -110,8 +110,17 @@ class _Outgoing:
 class CliqueExchange:
     """The exchanges of one epoch's group, in order. Used by the background worker alone."""
 
-    def __init__(self, links: Links, rank: int, holders: Sequence[int], sources: Sequence[int], pace: Pace) -> None:
-        """`holders` receive this rank's shard, `sources` send theirs here."""
+    def __init__(
+        self,
+        links: Links,
+        rank: int,
+        holders: Sequence[int],
+        sources: Sequence[int],
+        pace: Pace,
+        algorithm: str = ALGORITHM,
+    ) -> None:
+        """`holders` receive this rank's shard, `sources` send theirs here; `algorithm`: of the digests of all."""
+        self._algorithm = algorithm
         self._links = links
         self._rank = rank
         self._holders = tuple(holders)
@@ -227,7 +236,7 @@ class CliqueExchange:
 
     def _arrive(self, one: _Incoming) -> str:
         """Wait for the pieces and hash each segment as soon as it is there."""
-        digest = SegmentedDigest()
+        digest = SegmentedDigest(self._algorithm)
         pieces = iter(one.pieces)
         for start, stop in segments(one.nbytes):
             while one.arrived < stop:
@@ -287,5 +296,5 @@ def _announced(frame: torch.Tensor) -> str | None:
     if text == "none":
         return None
     if not is_digest(text):
-        raise CorruptCopyError(f"its closing frame is {text[:48]!r}, not a {ALGORITHM} digest")
+        raise CorruptCopyError(f"its closing frame is {text[:48]!r}, not a digest")
     return text

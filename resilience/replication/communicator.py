@@ -7,13 +7,21 @@ progress and ends in a `PeerLostError`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
 from resilience.errors import PeerLostError, ResilienceError
 
+if TYPE_CHECKING:
+    from resilience.replication.authenticated import Session
+
+#: Of messages that the receiver proves by a digest which came in another message. All others carry a MAC of their own
+#: where the ranks have a key.
+PROVED_TAG: Final = 2
+
 __all__ = [
+    "PROVED_TAG",
     "Agreements",
     "Communicator",
     "Control",
@@ -101,6 +109,10 @@ class Communicator(Protocol):
     def world_size(self) -> int: ...
     @property
     def local_rank(self) -> int: ...
+    def authenticate(self, session: Session) -> None:
+        """All groups and links that are opened from now on are those of `session`. Local."""
+        ...
+
     def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
         """A group over `ranks` (default: all); collective over exactly those, `name` unique among groups."""
         ...
@@ -149,6 +161,9 @@ class SoloCommunicator:
     rank = 0
     world_size = 1
     local_rank = 0
+
+    def authenticate(self, session: Session) -> None:
+        return  # it has no peers
 
     def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
         return SoloAgreements()

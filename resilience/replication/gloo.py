@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from resilience.errors import PeerLostError
 from resilience.planning.fan_in import WIDEST, fan_in
+from resilience.replication.authenticated import OPEN, Session
 from resilience.replication.communicator import Agreements, Control, Links, SoloAgreements, SoloControl
 from resilience.replication.links import GlooLinks
 from resilience.replication.liveness import Liveness, Vigil
@@ -40,6 +41,7 @@ class TorchCommunicator:
 
     def __init__(self, timeout_s: float, widest: int = WIDEST) -> None:
         """`widest`: members of one group at most."""
+        self._session: Session = OPEN
         global _builds
         _builds += 1
         if not dist.is_initialized():
@@ -57,6 +59,9 @@ class TorchCommunicator:
         self._links_store: Any = None
         self._liveness = Liveness(store, self.rank, timeout_s)
 
+    def authenticate(self, session: Session) -> None:
+        self._session = session
+
     def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
         members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
         if len(members) == 1:
@@ -71,7 +76,7 @@ class TorchCommunicator:
             return SoloControl()
         members = tuple(range(self.world_size))
         levels = fan_in(members, nodes, self._widest)
-        if len(levels) == 1:
+        if len(levels) == 1 and not self._session.keyed:
             return _GlooControl(self._group(self._store, name, members), members, self._liveness)
         return TreeControl(self._tree(name, members, levels))
 
@@ -79,13 +84,14 @@ class TorchCommunicator:
         members = tuple(ranks)
         self._links_store = self._links_store or self._store.clone()
         group = self._group(self._links_store, name, members, wanted)
-        return GlooLinks(group, members, self.rank, self._liveness)
+        return self._session.links(GlooLinks(group, members, self.rank, self._liveness), name, self.rank)
 
     def close(self) -> None:
         self._liveness.close()
 
     def _flat(self, name: str, members: tuple[int, ...]) -> Agreements:
-        return _GlooAgreements(self._group(self._store, name, members), members, self._liveness, name)
+        group = _GlooAgreements(self._group(self._store, name, members), members, self._liveness, name)
+        return self._session.agreements(group, name)
 
     def _tree(self, name: str, members: tuple[int, ...], levels: list[list[tuple[int, ...]]]) -> Tree:
         """Open this rank's groups, lowest first: a leader's next one comes together when all below it have."""

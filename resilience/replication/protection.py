@@ -248,7 +248,7 @@ class _Attempt:
         problem = job.error or ("" if job.healthy else UNHEALTHY)
         digest = None
         if job.arena is not None:
-            hasher = SegmentedDigest()
+            hasher = SegmentedDigest(self._protection.keeper.store.seal.digest_algorithm)
             for start, stop in segments(job.arena.nbytes):
                 hasher.add(job.arena.mapped.view[start:stop])
             digest = hasher.value()

@@ -16,15 +16,15 @@ import torch
 
 from resilience.errors import CorruptCopyError, PeerLostError
 from resilience.planning.retrieval import Fetch
-from resilience.replication.communicator import Communicator, Links, Transfer
+from resilience.replication.communicator import PROVED_TAG, Communicator, Links, Transfer
 from resilience.replication.landing import Landing, Reserve
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
-from resilience.stores.digest import SegmentedDigest, segments
+from resilience.stores.digest import SegmentedDigest, algorithm_of, segments
 
 __all__ = ["Fetched", "Sendable", "run_fetches"]
 
-_OPENING, _SEGMENT = 1, 2
+_OPENING, _SEGMENT = 1, PROVED_TAG
 _READY: Final = 0x52455349_46455443
 _AHEAD: Final = 4  # segments that are under way before the first of them is waited for and hashed
 
@@ -135,7 +135,10 @@ class _Expected:
     announced: Transfer
     problem: str = ""
     arena: Arena | None = None
-    digest: SegmentedDigest = field(default_factory=SegmentedDigest)
+    digest: SegmentedDigest = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digest = SegmentedDigest(algorithm_of(self.fetch.digest))
 
     def outcome(self) -> Fetched:
         if not self.problem and self.digest.value() != self.fetch.digest:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from resilience.stores.filesystem import FileSystem
 
-__all__ = ["available_bytes"]
+__all__ = ["available_bytes", "control_group_limit"]
 
 
 def available_bytes(memory: Path, disk: Path, fs: FileSystem) -> dict[str, int | None]:
@@ -30,12 +30,20 @@ def _machine() -> int | None:
     return None
 
 
+def control_group_limit() -> int | None:
+    """Bytes that this process's cgroup (version 2) may use; tmpfs pages count there too. None without a limit."""
+    return _of_control_group("memory.max")
+
+
 def _control_group() -> int | None:
-    """Limit minus use of this process's cgroup (version 2); tmpfs pages count there too. None without a limit."""
+    """What is left of that limit."""
+    limit, used = control_group_limit(), _of_control_group("memory.current")
+    return None if limit is None or used is None else limit - used
+
+
+def _of_control_group(name: str) -> int | None:
     try:
-        name = Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip()
-        folder = Path("/sys/fs/cgroup") / name.lstrip("/")
-        limit = (folder / "memory.max").read_text().strip()
-        return None if limit == "max" else int(limit) - int((folder / "memory.current").read_text())
-    except (OSError, IndexError, ValueError):
+        group = Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip()
+        return int((Path("/sys/fs/cgroup") / group.lstrip("/") / name).read_text())
+    except (OSError, IndexError, ValueError):  # "max" is no number
         return None

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from resilience.runtime.clock import Clock
@@ -172,11 +172,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def stop_time(stop_before_s: float | None, env: Mapping[str, str]) -> float | None:
-    """When to stop so that `stop_before_s` are left of the job's time limit, as Slurm tells it; None if nobody does."""
-    end = env.get("SLURM_JOB_END_TIME", "")
-    if stop_before_s is None or not end.isdigit():
-        return None
-    return float(end) - stop_before_s

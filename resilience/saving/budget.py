@@ -19,6 +19,7 @@ from resilience.planning.inventory import SaveId
 from resilience.planning.memory import budget, check, optimizer_bytes
 from resilience.planning.restore_plan import needed_owners
 from resilience.planning.schedule import shortest_interval
+from resilience.planning.typed_json import from_json
 from resilience.runtime.memory import available_bytes
 from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.optimizer_state import RedundancyFreeState
@@ -82,7 +83,7 @@ class Budget:
         everyone = start.setup.gather(told)
         if keeper is None or not all(everyone):
             return None
-        pairs = [json.loads(each) for each in everyone]
+        pairs = [from_json(tuple[int, int], each, "a rank's sizes") for each in everyone]
         shards, states = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         job, held = start.job, start.topology.held()
         needed = needed_owners(job.nodes, job.coordinates, self._split)[job.node_id]

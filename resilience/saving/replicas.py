@@ -115,7 +115,9 @@ class Replicas:
         if epoch:
             self._tell("epoch", epoch=epoch)
         links = CountedLinks(links, self._count)
-        return CliqueExchange(links, job.rank, topology.holders[job.rank], topology.held()[job.rank], self._pace)
+        holders, sources = topology.holders[job.rank], topology.held()[job.rank]
+        algorithm = self._keeper.store.seal.digest_algorithm
+        return CliqueExchange(links, job.rank, holders, sources, self._pace, algorithm)
 
     def _count(self) -> None:
         self.transfers += 1

@@ -16,6 +16,7 @@ from typing import Final
 import torch
 import xxhash
 
+from resilience.planning.typed_json import from_json
 from resilience.replication.communicator import Agreements
 from resilience.state.items import Item
 
@@ -46,6 +47,9 @@ def agree_shared(items: Sequence[Item], group: Agreements) -> tuple[frozenset[st
     keys = [item.key for item in candidates]
     equal = frozenset(_equal_keys(keys, hashes, group))
     return equal, frozenset(keys) - equal
+
+
+_Keys = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def agree_across(
         answer = group.broadcast(
             json.dumps([sorted(each) for each in (common - unlike, left - unlike, unlike)]).encode()
         )
-    common, elsewhere, differ = map(frozenset, json.loads(answer))
+    common, elsewhere, differ = map(frozenset, from_json(tuple[_Keys, _Keys, _Keys], answer, "the leaders' comparison"))
     return Across(common, elsewhere, differ)
 
 

@@ -16,7 +16,7 @@ from resilience.errors import CorruptCopyError
 from resilience.snapshot.arena import bytes_of, typed_view
 from resilience.state.items import SavedItem
 from resilience.state.training_state import TrainingState
-from resilience.stores.digest import digest_of
+from resilience.stores.digest import ALGORITHM, algorithm_of, digest_of
 from resilience.stores.filesystem import FileSystem, MappedFile
 from resilience.stores.records import ShardRecord
 from resilience.stores.shard_file import SavedPiece, ShardHeader, check_header, read_header
@@ -26,13 +26,14 @@ __all__ = ["OpenShard", "open_shard", "plan_shard_load"]
 
 @dataclass
 class OpenShard:
-    """A mapped shard whose header was validated; its bytes are proved by comparing `digest()`."""
+    """A mapped shard whose header was validated; its bytes are proved by comparing `digest()` with its record's."""
 
     header: ShardHeader
     mapped: MappedFile
+    algorithm: str = ALGORITHM
 
     def digest(self) -> str:
-        return digest_of(self.mapped.view)
+        return digest_of(self.mapped.view, self.algorithm)
 
     def content(self) -> torch.Tensor:
         return bytes_of(self.mapped)
@@ -53,7 +54,7 @@ def open_shard(path: Path, fs: FileSystem, record: ShardRecord) -> OpenShard:
     except CorruptCopyError:
         mapped.close()
         raise
-    return OpenShard(header, mapped)
+    return OpenShard(header, mapped, algorithm_of(record.digest))
 
 
 def plan_shard_load(state: TrainingState, shards: Mapping[int, OpenShard], rank: int) -> Callable[[], None]:

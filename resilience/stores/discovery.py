@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from resilience.errors import CommandError, SourceUnavailableError, StoreError
 from resilience.planning.inventory import Inventory
+from resilience.stores.authentication import UNSEALED, Seal
+from resilience.stores.digest import STRONG, algorithm_of
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.node_store import NodeStore
 from resilience.stores.records import is_name
@@ -30,11 +32,15 @@ _GENERATION: Final = re.compile(r"g\d{4,}-[0-9a-f]{8}")
 
 @dataclass(frozen=True, order=True)
 class NodeDirectory:
-    """`<base>/<run_id>/<name>`: what one node keeps of one run. `name` is the node's id at the time."""
+    """`<base>/<run_id>/<name>`: what one node keeps of one run. `name` is the node's id at the time.
+
+    `seal`: with a key, what has no MAC of it counts as not there.
+    """
 
     base: Path
     run_id: str
     name: str
+    seal: Seal = field(default=UNSEALED, compare=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -42,7 +48,7 @@ class NodeDirectory:
 
     def store(self, fs: FileSystem) -> NodeStore:
         """To read it, or to delete in it under its lock; the tier is each record's own."""
-        return NodeStore(self.base, self.run_id, self.name, "local", fs)
+        return NodeStore(self.base, self.run_id, self.name, "local", fs, self.seal)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,19 @@ class Sources:
     shared: tuple[SharedStore, ...]
     run_id: str | None
     fs: FileSystem
+    seal: Seal = UNSEALED
+
+    def not_authenticated(self, inventories: Sequence[Inventory]) -> list[str]:
+        """What to say where files were written under a key, and nobody gave it."""
+        strong = any(
+            algorithm_of(digest) == STRONG
+            for each in inventories
+            for held in each.node_saves
+            for digest in held.digests
+        )
+        if self.seal.keyed or not strong:
+            return []
+        return ["These saves were written under a key. They are not authenticated here: give --secret-env NAME."]
 
     def node_inventories(self, run_id: str | None = None) -> list[Inventory]:
         """One per node directory; the source is the directory's name, as it was the node's."""
@@ -112,6 +131,7 @@ def find_sources(
     run_id: str | None = None,
     foreign_problem: ForeignProblem | None = None,
     must_exist: bool = True,
+    seal: Seal = UNSEALED,
 ) -> Sources:
     """Resolve what was given. CommandError: status 2 for a directory that is not there, 3 for an unreadable one.
 
@@ -132,8 +152,8 @@ def find_sources(
         if root is not None:
             judge = {"foreign_problem": foreign_problem} if foreign_problem else {}
             shared.append(SharedStore(root, fs, source=source, **judge))
-    wanted = tuple(node for node in nodes if run_id in (None, node.run_id))
-    return Sources(wanted, tuple(shared), run_id, fs)
+    wanted = tuple(replace(node, seal=seal) for node in nodes if run_id in (None, node.run_id))
+    return Sources(wanted, tuple(shared), run_id, fs, seal)
 
 
 def default_memory_dir(env: Mapping[str, str]) -> Path:

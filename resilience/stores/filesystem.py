@@ -83,6 +83,10 @@ class FileSystem(Protocol):
     def lock(self, directory: Path, local_rank: int) -> Lock: ...
 
 
+#: What opening a socket, a device that is not there, or a folder (to write) is refused with.
+_NOT_OF_A_FILE = frozenset({errno.ENXIO, errno.ENODEV, errno.EISDIR})
+
+
 class PosixFileSystem:
     """The real disk."""
 
@@ -325,6 +329,8 @@ class PosixFileSystem:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise UnsafePathError(f"{path} is a link; links are not followed.", advice="Remove it.") from error
+            if error.errno in _NOT_OF_A_FILE:  # which would make all that lies beside it unknown
+                raise UnsafePathError(f"{path} is no regular file: {error.strerror}.", advice="Remove it.") from error
             raise _store_error("cannot open", path, error) from error
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import struct
 import threading
 from pathlib import Path
@@ -39,10 +40,14 @@ class DirectoryLock:
         with _guard:
             self._refuse_second_taker()
             try:
-                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+                fd = os.open(self._path, flags, 0o600)
             except OSError as error:
                 raise UnsafePathError(f"cannot open the lock {self._path}: {error.strerror}.") from error
             found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+                os.close(fd)  # no lock of ours is on it
+                raise UnsafePathError(f"the lock {self._path} is no regular file of ours.", advice="Remove it.")
             key = (found.st_dev, found.st_ino)
             held = _taken.setdefault(key, set())
             start, length = self._range()

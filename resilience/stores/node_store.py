@@ -21,8 +21,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from resilience.errors import AnotherJobError, CorruptCopyError, ResilienceError, StoreError, UnsafePathError
+from resilience.errors import (
+    AnotherJobError,
+    CorruptCopyError,
+    NotAuthenticError,
+    ResilienceError,
+    StoreError,
+    UnsafePathError,
+)
 from resilience.planning.inventory import AttemptLog, Inventory, NodeSave, SaveId, Tier
+from resilience.stores.authentication import UNSEALED, Seal
 from resilience.stores.digest import segments
 from resilience.stores.filesystem import TEMPORARY_PREFIX, FileSystem
 from resilience.stores.lock import ALL_RANKS
@@ -66,7 +74,11 @@ Found = AttemptLog | SaveId | CopyLocation | ResilienceError
 class NodeStore:
     """The copies below one base directory, on one node. Shared by the node's ranks, each writing its own files."""
 
-    def __init__(self, base: Path, run_id: str, node_id: str, tier: Tier, fs: FileSystem) -> None:
+    def __init__(
+        self, base: Path, run_id: str, node_id: str, tier: Tier, fs: FileSystem, seal: Seal = UNSEALED
+    ) -> None:
+        """`seal`: of the small files; with a key those without its MAC count as not there."""
+        self.seal = seal
         self.base = base
         self.run_id = run_id
         self.node_id = node_id
@@ -112,6 +124,7 @@ class NodeStore:
             attempts=tuple(found.attempts.values()),
             certificates=tuple(sorted(found.certificates)),
             notes=tuple(found.notes),
+            unauthentic=found.unauthentic,
         )
 
     def locate(self, save: SaveId, owner: int, world_size: int, node_dir: str) -> CopyLocation:
@@ -155,6 +168,7 @@ class NodeStore:
                     found.copies.setdefault((record.save, root.name, record.tier), {})[record.owner] = content
                 case problem:
                     found.notes.append(str(problem))
+                    found.unauthentic += isinstance(problem, NotAuthenticError)
 
     def _survey(self, root: Path) -> Iterator[tuple[Path, Found]]:
         for path in self._small_files(root):
@@ -181,10 +195,10 @@ class NodeStore:
     def _read_small(self, path: Path) -> AttemptLog | SaveId | CopyLocation | None:
         """What the file says; None if it speaks of another run."""
         if path.parent.name == ATTEMPTS:
-            log = decode_attempt_log(self.fs.read(path), str(path))
+            log = decode_attempt_log(self.fs.read(path), str(path), self.seal)
             return log if log.run_id == self.run_id else None
         if path.name == CERTIFICATE:
-            run_id, save = decode_certificate(self.fs.read(path), str(path))
+            run_id, save = decode_certificate(self.fs.read(path), str(path), self.seal)
             return save if run_id == self.run_id and _folder_of(save) == path.parts[-3:-1] else None
         return self._read_copy(path.parent, path.name)
 
@@ -197,7 +211,7 @@ class NodeStore:
 
     def _read_copy(self, folder: Path, name: str) -> CopyLocation:
         what = str(folder / name)
-        record = decode_record(self.fs.read(folder / name), what)
+        record = decode_record(self.fs.read(folder / name), what, self.seal)
         expected = (*_folder_of(record.save), shard_name(record.owner, record.world_size) + ".json", self.run_id)
         if (*folder.parts[-2:], name, record.run_id) != expected:
             raise CorruptCopyError(f"{what} speaks of {'/'.join(expected)}.")
@@ -252,7 +266,7 @@ class NodeStore:
             self.fs.fsync_dir(path.parent)
             self.fs.fsync_dir(path.parent.parent)
             self.fs.fsync_dir(self.root)
-        self.fs.write_atomic(path.with_suffix(".json"), encode_record(record), durable=self._durable)
+        self.fs.write_atomic(path.with_suffix(".json"), encode_record(record, self.seal), durable=self._durable)
 
     def uncommit(self, save: SaveId, owner: int, world_size: int) -> Path | None:
         """Unlink the record, durably; then the bytes at the returned path are nobody's and may be recycled."""
@@ -269,13 +283,13 @@ class NodeStore:
             with contextlib.suppress(CorruptCopyError, FileNotFoundError):  # deleted or damaged meanwhile: not held
                 record = self._read_copy(folder, f"{shard_name(owner, world_size)}.json").record
                 digests[str(owner)] = record.digest
-        content = encode_certificate(self.run_id, save, world_size, protected, digests)
+        content = encode_certificate(self.run_id, save, world_size, protected, digests, self.seal)
         self.fs.write_atomic(folder / CERTIFICATE, content, durable=self._durable)
 
     def write_attempt_log(self, log: AttemptLog) -> None:
         self.fs.make_dir(self.root / ATTEMPTS)
         name = f"g{log.generation:04d}-{log.attempt[:8]}.json"
-        self.fs.write_atomic(self.root / ATTEMPTS / name, encode_attempt_log(log), durable=self._durable)
+        self.fs.write_atomic(self.root / ATTEMPTS / name, encode_attempt_log(log, self.seal), durable=self._durable)
 
     def remove_folder_if_empty(self, save: SaveId) -> None:
         """After every rank of the node gave up its copies: the certificate and the folders go."""
@@ -403,6 +417,7 @@ class _Inventoried:
         self.attempts: dict[str, AttemptLog] = {}
         self.certificates: set[SaveId] = set()
         self.notes: list[str] = []
+        self.unauthentic = 0
 
 
 def _node_save(place: tuple[SaveId, str, Tier], copies: dict[int, CopyLocation], found: _Inventoried) -> NodeSave:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from resilience.errors import CorruptCopyError
-from resilience.stores.digest import digest_of
+from resilience.stores.digest import algorithm_of, digest_of
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.node_store import CopyLocation
 from resilience.stores.shard_file import ShardHeader, check_header, read_header
@@ -57,7 +57,7 @@ def _judge(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader
             raise CorruptCopyError(f"{path} has {mapped.nbytes} bytes, its record says {record.nbytes}.")
         header = read_header(mapped.view, str(path))
         check_header(header, record, str(path))
-        if deep and (found := digest_of(mapped.view)) != record.digest:
+        if deep and (found := digest_of(mapped.view, algorithm_of(record.digest))) != record.digest:
             raise CorruptCopyError(f"{path} has digest {found}, its owner computed {record.digest}.")
         return header
     finally:

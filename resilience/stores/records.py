@@ -14,9 +14,10 @@ from typing import Any, cast, get_args
 
 import xxhash
 
-from resilience.errors import CorruptCopyError
+from resilience.errors import CorruptCopyError, NotAuthenticError
 from resilience.planning.inventory import AttemptLog, Role, SaveId, Tier
-from resilience.stores.digest import is_digest
+from resilience.stores.authentication import UNSEALED, Seal
+from resilience.stores.digest import ALGORITHM, STRONG, is_digest
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -28,6 +29,7 @@ __all__ = [
     "encode_certificate",
     "encode_record",
     "is_name",
+    "not_authentic",
     "seal_json",
     "unseal_json",
 ]
@@ -36,6 +38,8 @@ SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"[0-9a-f]{32}")
 _MAX_RANKS = 1 << 20
+#: What a MAC is for.
+_RECORD, _CERTIFICATE, _ATTEMPT_LOG = "record", "certificate", "attempt log"
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,17 @@ def is_name(text: object) -> bool:
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
-def seal_json(fields: Mapping[str, Any]) -> bytes:
-    """Canonical JSON of `fields` with `schema_version` and `checksum`."""
+def seal_json(fields: Mapping[str, Any], seal: Seal = UNSEALED, purpose: str = "") -> bytes:
+    """Canonical JSON of `fields` with `schema_version` and `checksum`; where there is a key, with `mac`."""
     body = {"schema_version": SCHEMA_VERSION, **fields}
+    mac = seal.mac(purpose, _canonical(body).encode())
+    if mac:
+        body["mac"] = mac
     return (_canonical({**body, "checksum": _checksum(body)}) + "\n").encode()
 
 
-def unseal_json(content: bytes, what: str) -> dict[str, Any]:
-    """The fields of a sealed JSON file; CorruptCopyError that names `what` if it is not one."""
+def unseal_json(content: bytes, what: str, seal: Seal = UNSEALED, purpose: str = "") -> dict[str, Any]:
+    """The fields of a sealed JSON file; CorruptCopyError that names `what` if it is not one, or not authentic."""
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -81,6 +88,10 @@ def unseal_json(content: bytes, what: str) -> dict[str, Any]:
         raise CorruptCopyError(f"{what} cannot be read: {error}.") from error
     if checksum != expected:
         raise CorruptCopyError(f"{what} does not match its own checksum.")
+    mac = fields.pop("mac", None)
+    problem = seal.problem(mac, purpose, _canonical(fields).encode())
+    if problem:
+        raise not_authentic(what, problem)
     if fields.get("schema_version") != SCHEMA_VERSION:
         raise CorruptCopyError(
             f"{what} has schema_version {fields.get('schema_version')!r}; this version reads {SCHEMA_VERSION}.",
@@ -89,7 +100,12 @@ def unseal_json(content: bytes, what: str) -> dict[str, Any]:
     return fields
 
 
-def encode_record(record: ShardRecord) -> bytes:
+def not_authentic(what: str, problem: str) -> NotAuthenticError:
+    """What keeps a file out of every decision, as if it were not there, and says why."""
+    return NotAuthenticError(f"{what} is not authentic: {problem}.")
+
+
+def encode_record(record: ShardRecord, seal: Seal = UNSEALED) -> bytes:
     return seal_json(
         {
             "run_id": record.run_id,
@@ -105,12 +121,17 @@ def encode_record(record: ShardRecord) -> bytes:
             "digest": record.digest,
             "created": record.created,
             "split": record.split,
-        }
+        },
+        seal,
+        _RECORD,
     )
 
 
-def decode_record(content: bytes, what: str = "the record") -> ShardRecord:
-    read = _Fields(unseal_json(content, what), what)
+def decode_record(content: bytes, what: str = "the record", seal: Seal = UNSEALED) -> ShardRecord:
+    read = _Fields(unseal_json(content, what, seal, _RECORD), what)
+    digest = read.digest("digest")
+    if weakness := seal.weakness(digest):
+        raise not_authentic(what, weakness)
     world_size = read.integer("world_size", 1, _MAX_RANKS)
     return ShardRecord(
         run_id=read.name("run_id"),
@@ -121,14 +142,14 @@ def decode_record(content: bytes, what: str = "the record") -> ShardRecord:
         tier=cast(Tier, read.choice("tier", get_args(Tier))),
         node_id=read.name("node_id"),
         nbytes=read.integer("bytes", 1, 1 << 60),
-        digest=read.digest("digest"),
+        digest=digest,
         created=read.number("created"),
         split=read.boolean("split"),
     )
 
 
 def encode_certificate(
-    run_id: str, save: SaveId, world_size: int, protected: bool, digests: Mapping[str, str]
+    run_id: str, save: SaveId, world_size: int, protected: bool, digests: Mapping[str, str], seal: Seal = UNSEALED
 ) -> bytes:
     """Says that every rank committed its shard of `save` (and, if `protected`, every replica).
 
@@ -143,17 +164,19 @@ def encode_certificate(
             "world_size": world_size,
             "protected": protected,
             "digests": dict(digests),
-        }
+        },
+        seal,
+        _CERTIFICATE,
     )
 
 
-def decode_certificate(content: bytes, what: str = "the certificate") -> tuple[str, SaveId]:
+def decode_certificate(content: bytes, what: str = "the certificate", seal: Seal = UNSEALED) -> tuple[str, SaveId]:
     """`(run_id, save)`."""
-    read = _Fields(unseal_json(content, what), what)
+    read = _Fields(unseal_json(content, what, seal, _CERTIFICATE), what)
     return read.name("run_id"), read.save()
 
 
-def encode_attempt_log(log: AttemptLog) -> bytes:
+def encode_attempt_log(log: AttemptLog, seal: Seal = UNSEALED) -> bytes:
     return seal_json(
         {
             "run_id": log.run_id,
@@ -164,12 +187,14 @@ def encode_attempt_log(log: AttemptLog) -> bytes:
             "completed": _save_json(log.completed),
             "end": log.end,
             "end_iteration": log.end_iteration,
-        }
+        },
+        seal,
+        _ATTEMPT_LOG,
     )
 
 
-def decode_attempt_log(content: bytes, what: str = "the attempt log") -> AttemptLog:
-    read = _Fields(unseal_json(content, what), what)
+def decode_attempt_log(content: bytes, what: str = "the attempt log", seal: Seal = UNSEALED) -> AttemptLog:
+    read = _Fields(unseal_json(content, what, seal, _ATTEMPT_LOG), what)
     fork = read.fields.get("fork")
     if fork is not None and not (
         isinstance(fork, list) and len(fork) == 2 and type(fork[0]) is int and isinstance(fork[1], str)
@@ -207,8 +232,8 @@ class _Fields:
 
     def number(self, key: str) -> float:
         value = self.fields.get(key)
-        if type(value) not in (int, float):
-            raise self.wrong(key, "a number")
+        if type(value) not in (int, float) or not abs(cast(float, value)) < 1 << 63:
+            raise self.wrong(key, "a number below 2^63")
         return float(cast(float, value))
 
     def boolean(self, key: str) -> bool:
@@ -232,7 +257,7 @@ class _Fields:
     def digest(self, key: str) -> str:
         value = self.fields.get(key)
         if not is_digest(value):
-            raise self.wrong(key, "xxh3-128-32m:<32 digits>")
+            raise self.wrong(key, f"{ALGORITHM}:<32 digits> or {STRONG}:<64 digits>")
         return cast(str, value)
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:

@@ -156,3 +156,30 @@ def test_each_parser_can_be_made_by_itself() -> None:
 def test_version_is_told(capsys: Any) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("resilience ")
+
+
+def test_a_name_that_no_terminal_can_write_is_shown_all_the_same(capsys: Any, tmp_path: Path) -> None:
+    """Half a character is a name like any other to a pickle; printing it ended the command in a traceback."""
+    import dataclasses
+    import pickle
+
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    from tests.formats.worlds import save, whole
+
+    folder = tmp_path / "iter_0000007"
+    save(folder, lambda rank: [whole("model/0/w", torch.arange(3.0))], run_id="")
+    metadata = FileSystemReader(folder).read_metadata()
+    half = "half\ud800"
+    entry = metadata.state_dict_metadata.pop("w")
+    metadata.state_dict_metadata[half] = entry
+    places = {
+        MetadataIndex(half, index.offset) if index.fqn == "w" else index: place
+        for index, place in metadata.storage_data.items()
+    }
+    (folder / ".metadata").write_bytes(pickle.dumps(dataclasses.replace(metadata, storage_data=places)))
+    answer = ask(capsys, "inspect", folder)
+    assert answer.status == 0
+    assert "half\\ud800" in answer.out

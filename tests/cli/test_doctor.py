@@ -111,3 +111,28 @@ def test_saves_on_one_node_without_shared_storage_are_warned_of(capsys: Any, con
 def test_a_configuration_that_is_not_there_is_wrong_usage(capsys: Any, tmp_path: Path) -> None:
     error = ask_json(capsys, "doctor", "--config", tmp_path / "none.yaml", status=2)["error"]
     assert "none.yaml" in error["message"]
+
+
+def test_a_job_script_is_looked_at_too(capsys: Any, config: Any, tmp_path: Path) -> None:
+    script = tmp_path / "job.sbatch"
+    script.write_text("#!/bin/bash\n#SBATCH --nodes=2\nsrun train\n")
+    document = ask_json(capsys, *config(), "--job-script", script)
+    assert document["ok"]
+    for option in ("--requeue", "--open-mode=append", "--signal"):
+        assert option in told(document, "warning")
+    ask_json(capsys, *config(), "--job-script", tmp_path / "nowhere", status=2)
+
+
+@pytest.mark.parametrize(
+    ("secret", "words"), [(None, "not set"), ("short", "5 bytes"), ("long enough, one may hope", "")]
+)
+def test_a_secret_that_is_not_in_this_environment_is_a_warning(
+    capsys: Any, config: Any, monkeypatch: pytest.MonkeyPatch, secret: str | None, words: str
+) -> None:
+    monkeypatch.delenv("JOB_SECRET", raising=False)
+    if secret is not None:
+        monkeypatch.setenv("JOB_SECRET", secret)
+    document = ask_json(capsys, *config(resiliency={"secret_env": "JOB_SECRET"}), "--world-size", 1)
+    assert document["ok"]
+    assert ("JOB_SECRET" in told(document, "warning")) == bool(words)
+    assert words in told(document, "warning")

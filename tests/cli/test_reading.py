@@ -103,7 +103,7 @@ class TestLs:
         assert {save["run_id"] for save in ask_json(capsys, "ls", *local, "--run-id", "two")["saves"]} == {"two"}
 
     def test_an_empty_directory_holds_no_saves(self, capsys: Any, tmp_path: Path) -> None:
-        assert ask_json(capsys, "ls", "--local", tmp_path) == {"saves": [], "notes": []}
+        assert ask_json(capsys, "ls", "--local", tmp_path) == {"saves": [], "authenticated": False, "notes": []}
         assert "no saves" in ask(capsys, "ls", "--local", tmp_path).out
 
     def test_the_table_has_one_line_per_save(self, capsys: Any, world: World) -> None:

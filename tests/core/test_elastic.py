@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resilience import assembly
-from resilience.explain import decision_json, explain
+from resilience.explain import Explanation, decision_json, explain
 from resilience.formats import shards_reader
 from resilience.formats.registry import foreign_problem
 from resilience.replication import assembling
@@ -46,13 +46,13 @@ def assert_same_state(before: Sequence[Ran], after: Sequence[Ran]) -> None:
     assert [key for key in was if not torch.equal(was[key], now[key])] == []
 
 
-def predicted(world: World, nodes: Sequence[str], kind: str = "local") -> Any:
+def explained(world: World, nodes: Sequence[str], kind: str = "local") -> Explanation:
     base = world.disk if kind == "disk" else world.memory
     sources = find_sources(
         PosixFileSystem(), local=[base / node for node in nodes], save=None, global_dir=None, run_id=RUN,
         foreign_problem=foreign_problem, must_exist=False,
     )  # fmt: skip
-    return decision_json(explain(sources, run_id=RUN, world_size=len(nodes)).chosen)
+    return explain(sources, run_id=RUN, world_size=len(nodes))
 
 
 # -- what comes back --------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_training_goes_on_with_fewer_ranks_from_what_the_survivors_hold(
 ) -> None:
     again, before = saved_at_6(world, make)
     world.lose("d")
-    said = predicted(world, NODES[:3])
+    said = decision_json(explained(world, NODES[:3]).chosen)
     after = resumed_at_6(world, again, *NODES[:3])
     assert_same_state(before, after)
     assert said == {"iteration": 6, "generation": 1, "tier": "local"}
@@ -139,7 +139,7 @@ def test_a_node_without_room_for_what_it_needs_refuses_before_anything_is_fetche
 def without_room(training: Training) -> None:
     elastic(training)
     if training.node == "new":
-        assembly.available_bytes = lambda *_: {"memory": 1000, "shared_memory": None, "disk": None}  # type: ignore[assignment]
+        assembly.available_bytes = lambda *_: {"memory": 1000, "shared_memory": 10**9, "disk": None}  # type: ignore[assignment]
 
 
 # -- from four to three to two and to four again ----------------------------------------------------------------------
@@ -219,6 +219,22 @@ def test_bad_copies_are_struck_off_and_the_others_used(world: World, make: Calla
     assert len(world.events("warning", rank=0)) > 0
     struck = [event for event in world.events("warning") if "struck off" in event["what"]]
     assert {event["node"] for event in struck} == {"a", "b"}
+
+
+@pytest.mark.long
+def test_a_copy_that_nobody_showed_is_proved_before_its_bytes_count(world: World) -> None:
+    """What a node reads of its own is hashed first, what it is sent as it arrives."""
+    again, before = saved_at_6(world)
+    nodes = (*NODES, "new", "newer", "newest")
+    assembly = explained(world, nodes).plan.assembly
+    assert assembly is not None
+    for shown in assembly.shown:
+        (other,) = (node for node in NODES if node != shown.node and shown.owner in world.copies(node)[6])
+        world.damage(other, 6, shown.owner)
+    after = resumed_at_6(world, again, *nodes)
+    assert_same_state(before, after)
+    told = [event["what"] for event in world.events("warning")]
+    assert any("a copy is bad and struck off" in what for what in told)
 
 
 @pytest.mark.long

@@ -273,6 +273,7 @@ def test_one_nodes_trouble_to_read_proved_bytes_strikes_no_copy_off(kind: str) -
     plan: Any = SimpleNamespace(
         decision=SimpleNamespace(chosen=chosen),
         retrieval=SimpleNamespace(local=[SimpleNamespace(node_dir="a", tier="local")], fetches=[]),
+        assembly=None,
     )
     if kind == "node":
         with pytest.raises(OSError, match="Input/output error"):

@@ -102,10 +102,20 @@ def test_faults_of_one_iteration_strike_together() -> None:
     assert second.spec == "corrupt:node=1@35 + corrupt:node=0,copy=replica@35"
 
 
-@given(st.integers(0, 10**9), st.integers(2, 5), st.integers(0, 3), st.sampled_from(["local", "global", "in_memory"]))
-def test_random_faults_always_make_a_drill_that_can_work(seed: int, nodes: int, spares: int, kind: str) -> None:
-    shape = Scenario(nodes=nodes, spares=spares, train_iters=60, save_type=kind)  # type: ignore[arg-type]
+@given(
+    st.integers(0, 10**9),
+    st.integers(2, 5),
+    st.integers(0, 3),
+    st.sampled_from(["local", "global", "in_memory"]),
+    st.booleans(),
+)
+def test_random_faults_always_make_a_drill_that_can_work(
+    seed: int, nodes: int, spares: int, kind: str, elastic: bool
+) -> None:
+    shape = Scenario(nodes=nodes, spares=spares, train_iters=60, save_type=kind, elastic=elastic)  # type: ignore[arg-type]
     drawn = random_faults(shape, seed)
     assert drawn == random_faults(shape, seed)
     assert 1 <= len(drawn.faults) <= 3
     assert min(fault.iteration for fault in drawn.faults) > shape.save_every
+    assert min(drawn.world_sizes) >= 2
+    assert elastic or not drawn.resized

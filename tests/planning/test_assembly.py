@@ -93,6 +93,8 @@ def test_a_segment_goes_once_to_each_node_that_lacks_it_and_is_wanted_there(
     assert all((move.to_node, move.owner, number) in asked for move in moves for number in move.segments)
     assert not any((move.to_node, move.owner) in holds for move in moves), "nothing that is there"
     assert all(nodes[move.to_rank] == move.to_node and nodes[move.from_rank] != move.to_node for move in moves)
+    assert all(move.source.node == nodes[move.from_rank] for move in moves)
+    assert all((move.source.node_dir, move.owner) in holds for move in moves)
     falls_to = readers(plan, nodes, [list(each) for each in wanted])
     assert falls_to.keys() == {(nodes[rank], owner) for rank, owners in enumerate(wanted) for owner in owners}
 
@@ -103,6 +105,17 @@ def test_showing_is_spread_over_the_holders() -> None:
     shown = Counter(each.node for each in assembly_of(held, nodes, 12).shown)
     assert set(shown.values()) == {3}
     assert len({each.rank for each in assembly_of(held, nodes, 12).shown}) == 5, "and over the ranks of a node"
+
+
+def test_what_many_nodes_need_comes_from_all_that_hold_it() -> None:
+    held = [node_save(f"n{index}", SAVE, range(2), world=2) for index in range(2)]
+    nodes = ["n0", "n1", *(f"new{index}" for index in range(8))]
+    moves = plan_moves(assembly_of(held, nodes, 2), nodes, [{0: {0, 1}, 1: {0}}] * len(nodes))
+    assert len(moves) == 16
+    sent = Counter[str]()
+    for move in moves:
+        sent[move.source.node] += len(move.segments)
+    assert sent == {"n0": 12, "n1": 12}
 
 
 def test_a_struck_copy_is_not_shown_and_another_is() -> None:

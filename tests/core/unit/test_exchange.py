@@ -125,7 +125,7 @@ def test_an_announced_digest_that_is_none_is_refused(tmp_path: Path) -> None:
 
     for ended in exchange(tmp_path, Wire(alter=garble)):
         assert ended.received == []
-        assert all("not a xxh3-128-32m digest" in reason for reason in ended.reasons.values())
+        assert all("not a digest" in reason for reason in ended.reasons.values())
 
 
 def test_an_owner_that_failed_before_sending_says_so_and_the_others_go_on(tmp_path: Path) -> None:

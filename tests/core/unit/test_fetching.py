@@ -13,12 +13,14 @@ from typing import cast
 import pytest
 import torch
 
-from resilience.errors import CorruptCopyError, PeerLostError, StoreError
+from resilience.errors import CorruptCopyError, ForgedMessageError, PeerLostError, StoreError
 from resilience.planning.retrieval import Fetch
-from resilience.replication.communicator import Communicator
+from resilience.replication.authenticated import OPEN, KeyedSession, Session
+from resilience.replication.communicator import Communicator, Links
 from resilience.replication.retrieval import Fetched, run_fetches
 from resilience.snapshot.arena import Arena
 from resilience.stores import digest
+from resilience.stores.authentication import Key
 from resilience.stores.digest import digest_of
 from resilience.stores.pages import always
 from tests.core.fakes import FS, FakeLinks, Wire
@@ -43,12 +45,14 @@ class Restart:
     arenas: dict[int, Arena] = field(default_factory=dict)
     reserved: list[tuple[int, int]] = field(default_factory=list)
     room_bytes: int = 1 << 40
+    session: Session = OPEN
+    algorithm: str = digest.ALGORITHM
     warm: bool = False
 
     def __post_init__(self) -> None:
         self.contents = {owner: os.urandom(size) for owner, size in SIZES.items()}
         self.fetches = [
-            Fetch(owner, "b", "b", "in_memory", SENDER, "a", RECEIVER, len(content), digest_of(content))
+            Fetch(owner, "b", "b", "in_memory", SENDER, "a", RECEIVER, len(content), digest_of(content, self.algorithm))
             for owner, content in self.contents.items()
         ]
 
@@ -66,9 +70,9 @@ class Restart:
         return self._run(RECEIVER, land=self._land, reserve=self._reserve)
 
     def _run(self, rank: int, **doing: Callable[..., object]) -> list[Fetched]:
-        def links(name: str, members: tuple[int, ...]) -> FakeLinks:
+        def links(name: str, members: tuple[int, ...]) -> Links:
             self.links.append(FakeLinks(self.wire, rank))
-            return self.links[-1]
+            return self.session.links(self.links[-1], name, rank)
 
         class World:
             pass
@@ -172,3 +176,43 @@ def test_room_that_is_no_longer_wanted_is_not_made(memory_mount: Path) -> None:
     assert raised.value.errno == errno.ECANCELED
     assert mapped.reserved == 2 * SEGMENT
     mapped.close()
+
+
+def _keyed(directory: Path, wire: Wire) -> Restart:
+    session = KeyedSession(Key(b"a secret of sixteen bytes"), b"session")
+    return Restart(directory, wire, session=session, algorithm=digest.STRONG)
+
+
+def test_with_a_key_shards_arrive_whole_under_a_digest_that_cannot_be_deceived(memory_mount: Path) -> None:
+    restart = _keyed(memory_mount, Wire(timeout_s=5.0))
+    restart.send()
+    for got in restart.receive():
+        assert got.problem == ""
+        assert got.arena is not None
+        assert bytes(got.arena.mapped.view) == restart.contents[got.fetch.owner]
+
+
+def test_with_a_key_nobody_says_in_a_holder_s_name_that_it_has_nothing(memory_mount: Path) -> None:
+    """Without one that strikes off a good copy; who does it to all copies chooses what the job goes back to."""
+
+    def nothing_here(sender: int, receiver: int, tag: int, content: torch.Tensor) -> torch.Tensor:
+        if tag == 1:
+            content[0] = 0
+        return content
+
+    restart = _keyed(memory_mount, Wire(timeout_s=5.0, alter=nothing_here))
+    restart.send()
+    with pytest.raises(ForgedMessageError, match="from rank 1"):
+        restart.receive()
+    assert restart.links[-1].closed == "failed"
+
+
+def test_with_a_key_other_bytes_of_a_shard_are_of_no_use(memory_mount: Path) -> None:
+    def flip(sender: int, receiver: int, tag: int, content: torch.Tensor) -> torch.Tensor:
+        if tag == 2:
+            content[-1] ^= 1
+        return content
+
+    restart = _keyed(memory_mount, Wire(timeout_s=5.0, alter=flip))
+    restart.send()
+    assert all("the owner's is blake2b-256-32m:" in got.problem for got in restart.receive())
