@@ -25,12 +25,13 @@ from benchmarks.rounds import (
     measure_boundaries,
     measure_imports,
     measure_planning,
+    measure_redundancy,
     measure_restores,
     measure_saves,
 )
 from benchmarks.settings import FULL, QUICK, Settings
 
-_PARTS: Final = ("imports", "planning", "boundaries", "restores", "persistent", "saves")
+_PARTS: Final = ("imports", "planning", "boundaries", "restores", "redundancy", "persistent", "saves")
 _MOUNT: Final = Path("/dev/shm")
 
 
@@ -76,6 +77,11 @@ def _restores(settings: Settings, directory: Path, options: argparse.Namespace) 
     return found, told.restore_figures(found)
 
 
+def _redundancy(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_redundancy(settings, directory, _say)
+    return found, told.redundancy_figures(found)
+
+
 def _saves(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
     found = measure_saves(settings, directory, _say, with_nvrx=not options.without_nvrx)
     return found, told.save_figures(found)
@@ -92,6 +98,7 @@ _PART: Final[dict[str, _Part]] = {
     "planning": _planning,
     "boundaries": _boundaries,
     "restores": _restores,
+    "redundancy": _redundancy,
     "persistent": _persistent,
     "saves": _saves,
 }

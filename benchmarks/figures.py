@@ -17,6 +17,7 @@ __all__ = [
     "boundary_figures",
     "import_figures",
     "planning_figures",
+    "redundancy_figures",
     "restore_figures",
     "save_figures",
 ]
@@ -159,6 +160,17 @@ def restore_figures(found: Mapping[str, Samples]) -> list[Figure]:
             ),
         ]  # fmt: skip
     return figures
+
+
+def redundancy_figures(found: Samples) -> list[Figure]:
+    """`found`: as `rounds.measure_redundancy` gives them. All of a clique of four nodes on one machine."""
+    replica, two = found["replica_2"], "a replica on one other node"
+    return [
+        Figure("replica_2", f"{two} sent, verified, committed", replica),
+        _times("replica_3", "replicas on two others", found["replica_3"], two, replica),
+        _times("xor_4", "xor over four nodes: one loss", found["xor_4"], two, replica),
+        _times("rs_4", "rs over four nodes: two losses", found["rs_4"], "replicas on two others", found["replica_3"]),
+    ]
 
 
 def boundary_figures(found: Mapping[int, Samples]) -> list[Figure]:

@@ -34,6 +34,7 @@ _ROLES: Final = {
     "nvrx": "benchmarks.nvrx_rank",
     "restores": "benchmarks.restores",
     "boundaries": "benchmarks.boundaries",
+    "redundancy": "benchmarks.redundancy",
 }
 
 

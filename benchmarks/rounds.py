@@ -19,7 +19,14 @@ from benchmarks.planning import plan_seconds
 from benchmarks.series import Series
 from benchmarks.settings import Settings
 
-__all__ = ["measure_boundaries", "measure_imports", "measure_planning", "measure_restores", "measure_saves"]
+__all__ = [
+    "measure_boundaries",
+    "measure_imports",
+    "measure_planning",
+    "measure_redundancy",
+    "measure_restores",
+    "measure_saves",
+]
 
 Say = Callable[[str], None]
 
@@ -49,6 +56,21 @@ def measure_saves(settings: Settings, directory: Path, say: Say, *, with_nvrx: b
                 slowest = _slowest(crew.ask(measure))
                 for key, seconds in slowest.items() if number >= 0 else ():
                     found[measure if key == "seconds" else f"{measure}.{key}"].append(seconds)
+    return _as_series(found)
+
+
+def measure_redundancy(settings: Settings, directory: Path, say: Say) -> dict[str, Series]:
+    """Seconds by scheme and clique, as `benchmarks.redundancy` names them; `lanes` and the bytes of one stripe."""
+    found: dict[str, list[float]] = defaultdict(list)
+    with Crew("redundancy", settings, directory / "redundancy", size=4) as crew:
+        order = ["replica_2", "replica_3", "xor_4", "rs_4", "lanes"]
+        for number in range(-settings.warmups, settings.rounds):
+            say(f"redundancy: round {number + 1} of {settings.rounds}" if number >= 0 else "redundancy: warm-up")
+            turn = number % len(order)
+            for measure in order[turn:] + order[:turn]:
+                slowest = _slowest(crew.ask(measure))
+                for key, value in slowest.items() if number >= 0 else ():
+                    found[measure if key == "seconds" else f"{measure}.{key}"].append(value)
     return _as_series(found)
 
 

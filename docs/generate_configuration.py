@@ -104,14 +104,16 @@ def _rules() -> str:
         "failure domain. A job on one node is not replicated and not refused; a restart on fewer domains lowers the "
         "factor."
     )
+    rules.append(
+        "- `redundancy`: with `xor` or `rs`, `replication` must be on and `replication_factor`, the size of a clique, "
+        "from 2 (`xor`) or 3 (`rs`) to 64 (checked when a job starts)."
+    )
     return "\n".join(rules) + "\n"
 
 
 def _not_yet() -> str:
     """The sentences of the refusals themselves: every value that a configuration accepts and a start refuses."""
     resiliencies: list[dict[str, Any]] = [
-        {"redundancy": "xor"},
-        {"redundancy": "rs"},
         {"snapshot_mode": "overlapped"},
         {"metrics": "tensorboard:DIR"},
     ]

@@ -21,7 +21,8 @@ from resilience.formats.registry import foreign_problem
 from resilience.job import Job, join_job, resolve_run_id, start_id
 from resilience.planning.decision import ElectionPolicy
 from resilience.planning.inventory import Tier
-from resilience.planning.topology import Topology, make_topology
+from resilience.planning.schemes import SCHEMES, Scheme
+from resilience.planning.topology import Topology
 from resilience.planning.typed_json import from_plain, parsed
 from resilience.replication.assembling import ShardBringer
 from resilience.replication.authenticated import agree_on_key
@@ -63,6 +64,7 @@ class Start:
     stores: tuple[NodeStore, ...]
     locks: tuple[Lock, ...]
     keeper: ShardKeeper | None
+    scheme: Scheme
     topology: Topology
     refusal: ConfigError | None  # why this topology would not do at a first start
     restorer: Restorer
@@ -137,7 +139,8 @@ def _assemble(
         _sweep(stores, tell)
     setup.barrier()
     keeper = _keeper(stores, fs, job, clock, threads)
-    topology, refusal = _topology(checkpoint, job)
+    scheme = SCHEMES[resiliency.redundancy]
+    topology, refusal = _topology(checkpoint, scheme, job)
     gatherer = None if keeper is None else ShardGatherer(job, communicator, stores, keeper, topology, tell, threads)
     policy = ElectionPolicy(
         ckpt_step=checkpoint.ckpt_step,
@@ -161,6 +164,7 @@ def _assemble(
         stores,
         tuple(locks),
         keeper,
+        scheme,
         topology,
         refusal,
         restorer,
@@ -353,12 +357,13 @@ def _keeper(
     return ShardKeeper(own, memory.arenas, fs, job.rank, job.world_size, clock.wall, threads)
 
 
-def _topology(checkpoint: CheckpointConfig, job: Job) -> tuple[Topology, ConfigError | None]:
-    factor = checkpoint.replication_factor if checkpoint.replication else 1
-    nodes, jump, domains = job.nodes, checkpoint.replication_jump, job.domains
+def _topology(checkpoint: CheckpointConfig, scheme: Scheme, job: Job) -> tuple[Topology, ConfigError | None]:
+    jump, factor = checkpoint.replication_jump, checkpoint.replication_factor
+    if not checkpoint.replication:
+        scheme, factor = SCHEMES["replica"], 1
 
     def make(*, restart: bool) -> Topology:
-        return make_topology(len(nodes), nodes, jump=jump, factor=factor, domains=domains, restart=restart)
+        return scheme.place(job.nodes, jump=jump, factor=factor, domains=job.domains, restart=restart)
 
     try:
         return make(restart=False), None

@@ -12,8 +12,9 @@ from resilience.config import CheckpointConfig, ResiliencyConfig, load_config, v
 from resilience.errors import CommandError, ConfigError, MemoryBudgetError, ResilienceError
 from resilience.planning.memory import MemoryBudget, budget, check
 from resilience.planning.schedule import shortest_interval
+from resilience.planning.schemes import SCHEMES, Scheme
 from resilience.planning.site import Finding, JobScript, Level, judge_site, parse_job_script
-from resilience.planning.topology import Topology, make_topology
+from resilience.planning.topology import Topology
 from resilience.runtime.memory import available_bytes
 from resilience.runtime.site import site_facts
 from resilience.stores.authentication import key_of
@@ -84,6 +85,7 @@ class _Doctor:
         self.nodes = tuple(f"node{rank // self.per_node}" for rank in range(world_size))
         # a domain in a configuration that all nodes read is the same one everywhere
         self.domains = tuple(resiliency.failure_domain or node for node in self.nodes)
+        self.scheme: Scheme = SCHEMES[resiliency.redundancy if checkpoint.replication else "replica"]
         self.findings: list[Finding] = []
 
     @property
@@ -177,9 +179,11 @@ class _Doctor:
         if several and factor == 1:
             self._say("warning", "Saves on the nodes are not replicated: the loss of one node takes them.",
                       "Set checkpoint.replication.")  # fmt: skip
+        if factor < self.scheme.smallest_clique and self.checkpoint.replication:
+            return None  # which was said already
         try:
-            topology = make_topology(
-                len(self.nodes), self.nodes, jump=self.checkpoint.replication_jump, factor=factor,
+            topology = self.scheme.place(
+                self.nodes, jump=self.checkpoint.replication_jump, factor=factor,
                 domains=dict(zip(self.nodes, self.domains, strict=True)), restart=False,
             )  # fmt: skip
         except ConfigError as error:
@@ -189,10 +193,11 @@ class _Doctor:
             return None
         for note in topology.notes:
             self._say("info", note)
-        if several and topology.factor > 1:
-            survived = topology.factor - 1
-            self._say("info", f"{topology.factor} copies of each shard: any {survived} of the failure domains may be "
-                      f"lost.")  # fmt: skip
+        if several and topology.survives:
+            kept = f"{topology.factor} copies of each shard"
+            if topology.parities:
+                kept = f"parity over cliques of {factor}"
+            self._say("info", f"{kept}: any {topology.survives} of the failure domains may be lost.")
         return topology
 
     def _memory_directory(self) -> Path:
@@ -231,7 +236,7 @@ class _Doctor:
         """Files of the run on this node."""
         try:
             sources = find_sources(self.fs, local=[base], run_id=self.resiliency.run_id, must_exist=False)
-            return sum(sum(copies.nbytes) for each in sources.readable() for copies in each.node_saves)
+            return sum(copies.held_bytes for each in sources.readable() for copies in each.node_saves)
         except (ResilienceError, OSError):
             return 0  # `_known_bytes` says so, where it had to look
 
@@ -241,17 +246,19 @@ class _Doctor:
                       "Give --state-bytes: about 16 bytes per parameter for Adam in float32, over the ranks that share "
                       "them.")  # fmt: skip
             return None
-        local, held = range(self.per_node), topology.held()
+        shards = [shard_bytes] * len(self.nodes)
+        kept = [self.scheme.files(topology, rank, shards) for rank in range(self.per_node)]
         split = self.checkpoint.non_persistent_local_ckpt_algo == "fully_parallel" and len(self.nodes) > 1
         needed = len(self.nodes) if split else self.per_node  # as if all ranks were data-parallel
         state_bytes = shard_bytes * (len(self.nodes) if split else 1)
         total = budget(
             own_bytes=[shard_bytes] * self.per_node,
-            replica_bytes=[shard_bytes for rank in local for _ in held[rank]],
+            replica_bytes=[nbytes for each in kept for nbytes in each.values()],
+            kept_for_others=self.scheme.files_named,
             keep_last=self.resiliency.keep_last,
             interval=shortest_interval(self.checkpoint.non_persistent_save_interval, self.resiliency.cadence),
             file_is_arena=self.fs.is_memory_backed(base),
-            buffer_bytes=self.per_node * _BUFFER_BYTES_PER_RANK,
+            buffer_bytes=self.per_node * (_BUFFER_BYTES_PER_RANK + self.scheme.buffer_bytes(topology)),
             needed_bytes=needed * shard_bytes,
             staged_bytes=self.per_node * state_bytes if self.checkpoint.save or self.checkpoint.load else 0,
             present_bytes=self._present_bytes(base),

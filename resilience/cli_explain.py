@@ -57,8 +57,20 @@ def as_json(found: Explanation) -> dict[str, Any]:
                 "to_rank": fetch.to_rank,
                 "bytes": fetch.nbytes,
             }
-            for fetch in found.plan.retrieval.fetches
+            for fetch in (*found.plan.retrieval.fetches, *found.plan.retrieval.spread)
+        ]
+        + [
+            {
+                "owner": rebuild.owner,
+                "from_node": node,
+                "to_node": rebuild.node,
+                "to_rank": rebuild.rank,
+                "bytes": nbytes,
+            }
+            for rebuild in found.plan.retrieval.rebuilds
+            for node, nbytes in rebuild.travelling().items()
         ],
+        "rebuilt": [rebuild.owner for rebuild in found.plan.retrieval.rebuilds],
         "saved_by": found.chosen.world_size if found.chosen else None,
         "shown": [
             {"owner": shown.owner, "node": shown.node, "rank": shown.rank, "bytes": shown.nbytes}
@@ -71,6 +83,7 @@ def as_json(found: Explanation) -> dict[str, Any]:
                 "tier": bad.strike.tier,
                 "iteration": bad.strike.save.iteration,
                 "owner": bad.strike.owner,
+                "parity": bad.strike.parity,
                 "reason": bad.reason,
             }
             for bad in found.bad_copies

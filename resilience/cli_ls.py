@@ -39,6 +39,8 @@ def as_json(entry: CatalogEntry) -> dict[str, Any]:
         "copies": entry.copies,
         "bytes": entry.nbytes,
         "held_bytes": entry.held_bytes,
+        "rebuildable": entry.rebuildable,
+        "parity": entry.parity,
         "complete": entry.complete,
         "abandoned": bool(entry.abandoned),
         "where": list(entry.where),
@@ -82,6 +84,8 @@ def _or_unknown(number: int | None) -> str:
 def _state(save: dict[str, Any]) -> str:
     if save["abandoned"]:
         return str(save["reason"])
+    if save["complete"] and save["rebuildable"]:
+        return f"complete, {save['rebuildable']} to be rebuilt from parity"
     if save["complete"]:
         return f"complete, but {save['reason']}" if save["reason"] else "complete"
     return f"not usable: {save['reason']}" if save["reason"] else "incomplete"

@@ -13,7 +13,7 @@ from resilience.formats.proof import folder_damage
 from resilience.stores.discovery import NodeDirectory, Sources
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.node_store import CopyLocation
-from resilience.stores.proof import CopyGoneError, header_of, prove_copy
+from resilience.stores.proof import CopyGoneError, prove_copy, prove_header
 from resilience.stores.shared_store import SharedStore
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _verify_node(node: NodeDirectory, fs: FileSystem, found: _Found, *, deep: bo
 def _damage_of(copy: CopyLocation, fs: FileSystem, *, deep: bool) -> str | None:
     """What is wrong with a copy, "" if nothing, None if it is not there any more."""
     try:
-        prove_copy(copy, fs) if deep else header_of(copy, fs)
+        prove_copy(copy, fs) if deep else prove_header(copy, fs)
     except CopyGoneError:
         return None
     except (CorruptCopyError, UnsafePathError) as error:
@@ -93,7 +93,7 @@ def _damage_of(copy: CopyLocation, fs: FileSystem, *, deep: bool) -> str | None:
 
 
 def _named(path: Path) -> tuple[int | None, int | None]:
-    """Iteration and owner as the path says: the record itself cannot be believed."""
+    """Iteration and owner (of parity: none) as the path says: the record itself cannot be believed."""
     iteration = path.parent.parent.name.removeprefix("iter_")
     owner = path.stem.removeprefix("rank_").partition("-of-")[0]
     return (int(iteration) if iteration.isdecimal() else None), (int(owner) if owner.isdecimal() else None)

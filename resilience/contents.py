@@ -15,7 +15,8 @@ from resilience.errors import CorruptCopyError
 from resilience.formats.protocol import StoredItem
 from resilience.formats.registry import data_files, stored_items
 from resilience.stores.filesystem import FileSystem
-from resilience.stores.records import decode_record
+from resilience.stores.parity_file import check_parity_header, read_parity_header
+from resilience.stores.records import ShardRecord, decode_record
 from resilience.stores.shard_file import SavedPiece, check_header, read_header
 from resilience.stores.shared_inventory import read_folder
 
@@ -36,13 +37,19 @@ class Contents:
 
 
 def shard_contents(paths: Sequence[Path], fs: FileSystem) -> Contents:
-    """The items of one save from its shards (copies of one owner count once). CorruptCopyError, StoreError."""
+    """The items of one save from its shards (copies of one owner count once). CorruptCopyError, StoreError.
+
+    Parity files have no items: their records are told.
+    """
     items: dict[str, dict[str, Any]] = {}
     boxes: dict[tuple[object, ...], list[int]] = {}
     records: list[dict[str, Any]] = []
     total = 0
     seen: set[int] = set()
     for path in sorted(paths, key=lambda path: (path.name, path)):
+        if path.name.startswith("parity_"):
+            records.append(_read_parity(path, fs))
+            continue
         record, nbytes, owner, pieces, values = _read_shard(path, fs)
         records.append(record)
         if owner in seen:
@@ -93,9 +100,26 @@ def _read_shard(path: Path, fs: FileSystem) -> tuple[dict[str, Any], int, int, l
     if fs.stat(beside) is not None:
         record = decode_record(fs.read(beside), str(beside))
         check_header(header, record, str(path))
-        fields = asdict(record)
-        told = {"path": str(path), **fields.pop("save"), "bytes": fields.pop("nbytes"), **fields}
+        told = _told_record(path, record)
     return told, nbytes, header.owner, list(header.pieces.values()), values
+
+
+def _read_parity(path: Path, fs: FileSystem) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    record = decode_record(fs.read(beside), str(beside))
+    mapped = fs.open_mapping(path)
+    try:
+        check_parity_header(read_parity_header(mapped.view, str(path)), record, str(path))
+    finally:
+        mapped.close()
+    return _told_record(path, record)
+
+
+def _told_record(path: Path, record: ShardRecord) -> dict[str, Any]:
+    fields = asdict(record)
+    if record.cover is None:
+        del fields["cover"]
+    return {"path": str(path), **fields.pop("save"), "bytes": fields.pop("nbytes"), **fields}
 
 
 def _item(key: str, kind: str, dtype: str | None, shape: Sequence[int] | None) -> dict[str, Any]:

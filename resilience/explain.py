@@ -18,9 +18,11 @@ from resilience.formats.proof import folder_damage
 from resilience.formats.registry import foreign_problem
 from resilience.planning.decision import Candidate, ElectionPolicy, Strike
 from resilience.planning.history import abandonments, read_history
-from resilience.planning.inventory import Inventory, NodeSave, SaveId, Tier
+from resilience.planning.inventory import Inventory, Kept, NodeSave, ParityName, SaveId, Tier, named
+from resilience.planning.rebuilding import Rebuild
 from resilience.planning.restore_plan import Plan, plan_restore
 from resilience.planning.topology import make_topology
+from resilience.replication.rebuilt_digest import rebuilt_digest
 from resilience.stores.discovery import NodeDirectory, Sources, find_sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.stores.healed import healed
@@ -147,7 +149,8 @@ class _Rounds:
         self._policy = policy
         self._topology = make_topology(len(nodes), nodes, jump=None, factor=1, domains=None, restart=True)
         self._groups: dict[SaveId, tuple[tuple[int, int], ...]] = {}
-        self._proved: set[tuple[str, Tier, SaveId, int]] = set()
+        self._proved: set[tuple[str, Tier, SaveId, Kept]] = set()
+        self._rebuilt: set[tuple[SaveId, Rebuild]] = set()
         self.bad: list[BadCopy] = []
         self.verified_bytes = 0
 
@@ -192,8 +195,8 @@ class _Rounds:
         Ranks of one group get one coordinate: its lowest rank.
         """
         group_of: dict[int, int] = {}
-        for owner, node_dir, tier, _ in _copies_of(plan):
-            if owner in group_of:
+        for kept, owner, node_dir, tier, _ in _copies_of(plan):
+            if owner in group_of or isinstance(kept, ParityName):
                 continue
             try:
                 location = self._locate(save, owner, node_dir, tier, len(self._nodes))
@@ -209,18 +212,51 @@ class _Rounds:
             yield from self._shared_failure(chosen)
             return
         size = chosen.world_size or len(self._nodes)
-        for owner, node_dir, tier, nbytes in _copies_of(plan):
-            key = (node_dir, tier, chosen.save, owner)
-            if key in self._proved:
-                continue
-            self._proved.add(key)
-            try:
-                prove_copy(self._locate(chosen.save, owner, node_dir, tier, size), self._sources.fs)
-                self.verified_bytes += nbytes
-            except (ResilienceError, FileNotFoundError) as error:
-                yield BadCopy(Strike(node_dir, tier, chosen.save, owner), str(error))
-            except CopyGoneError:
-                yield BadCopy(Strike(node_dir, tier, chosen.save, owner), "it was deleted meanwhile")
+        bad = [each for copy in _copies_of(plan) if (each := self._bad_copy(chosen.save, size, *copy)) is not None]
+        yield from bad
+        for rebuild in () if bad else plan.retrieval.rebuilds:
+            yield from self._bad_rebuild(chosen.save, size, rebuild)
+
+    def _bad_copy(
+        self, save: SaveId, world_size: int, kept: Kept, owner: int, node_dir: str, tier: Tier, nbytes: int
+    ) -> BadCopy | None:
+        """Hash a file, once. `owner`: whose shard it is or, of parity, who made it."""
+        key = (node_dir, tier, save, kept)
+        if key in self._proved:
+            return None
+        self._proved.add(key)
+        strike = Strike(node_dir, tier, save, owner, isinstance(kept, ParityName))
+        try:
+            prove_copy(self._locate(save, kept, node_dir, tier, world_size), self._sources.fs)
+        except (ResilienceError, FileNotFoundError) as error:
+            return BadCopy(strike, str(error))
+        except CopyGoneError:
+            return BadCopy(strike, "it was deleted meanwhile")
+        self.verified_bytes += nbytes
+        return None
+
+    def _bad_rebuild(self, save: SaveId, world_size: int, rebuild: Rebuild) -> Iterator[BadCopy]:
+        """The parity from which a wrong shard would be made, although each file is what its record says."""
+        if (save, rebuild) in self._rebuilt:
+            return
+        self._rebuilt.add((save, rebuild))
+        fs, mapped = self._sources.fs, []
+        try:
+            for source in rebuild.sources:
+                location = self._locate(save, source.kept, source.node_dir, source.tier, world_size)
+                mapped.append(fs.open_mapping(location.path))
+            found = rebuilt_digest(rebuild, lambda number, start, stop: mapped[number].view[start:stop])
+        except (ResilienceError, OSError) as error:  # deleted meanwhile: each was read a moment ago
+            found = str(error)
+        finally:
+            for each in mapped:
+                each.close()
+        if found == rebuild.digest:
+            return
+        for source in rebuild.sources:
+            if source.parity:
+                reason = f"rank {rebuild.owner}'s shard, rebuilt from it, has digest {found}, not {rebuild.digest}"
+                yield BadCopy(Strike(source.node_dir, source.tier, save, source.owner, True), reason)
 
     def _shared_failure(self, chosen: Candidate) -> Iterator[BadCopy]:
         store, view = self._views[chosen.source]
@@ -235,14 +271,14 @@ class _Rounds:
         else:
             self.verified_bytes += chosen.nbytes
 
-    def _locate(self, save: SaveId, owner: int, node_dir: str, tier: Tier, world_size: int) -> CopyLocation:
+    def _locate(self, save: SaveId, kept: Kept, node_dir: str, tier: Tier, world_size: int) -> CopyLocation:
         """A node may have directories of both tiers: the record tells which copy it is."""
-        problem: Exception = FileNotFoundError(f"the {tier} copy of rank {owner}'s shard in {node_dir} is gone")
+        problem: Exception = FileNotFoundError(f"the {tier} copy of {named(kept)} in {node_dir} is gone")
         for node in self._sources.nodes:
             if (node.name, node.run_id) != (node_dir, self._run_id):
                 continue
             try:
-                location = node.store(self._sources.fs).locate(save, owner, world_size, node_dir)
+                location = node.store(self._sources.fs).locate(save, kept, world_size, node_dir)
             except FileNotFoundError:
                 continue
             except (CorruptCopyError, UnsafePathError) as error:
@@ -253,16 +289,24 @@ class _Rounds:
         raise problem
 
 
-def _copies_of(plan: Plan) -> list[tuple[int, str, Tier, int]]:
-    """`(owner, node_dir, tier, nbytes)` of every copy that the restore would read, each once.
+def _copies_of(plan: Plan) -> list[tuple[Kept, int, str, Tier, int]]:
+    """`(name, owner, node_dir, tier, nbytes)` of every file that the restore would read, each once.
 
     Of a save of another world size: those that are looked at before it is known which bytes each rank needs.
     """
     if plan.assembly is not None:
-        return [(shown.owner, shown.node_dir, shown.tier, shown.nbytes) for shown in plan.assembly.shown]
-    local = [(copy.owner, copy.node_dir, copy.tier, copy.nbytes) for copy in plan.retrieval.local]
-    fetched = [(fetch.owner, fetch.from_dir, fetch.tier, fetch.nbytes) for fetch in plan.retrieval.fetches]
-    return list(dict.fromkeys([*local, *fetched]))
+        shown = plan.assembly.shown
+        return [(each.owner, each.owner, each.node_dir, each.tier, each.nbytes) for each in shown]
+    found: list[tuple[Kept, int, str, Tier, int]] = [
+        (copy.owner, copy.owner, copy.node_dir, copy.tier, copy.nbytes) for copy in plan.retrieval.local
+    ]
+    found += [(fetch.owner, fetch.owner, fetch.from_dir, fetch.tier, fetch.nbytes) for fetch in plan.retrieval.fetches]
+    found += [
+        (source.kept, source.owner, source.node_dir, source.tier, source.nbytes)
+        for rebuild in plan.retrieval.rebuilds
+        for source in rebuild.sources
+    ]
+    return list(dict.fromkeys(found))
 
 
 # --- where ranks run -------------------------------------------------------------------------------------------------

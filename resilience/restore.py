@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import xxhash
@@ -16,9 +17,10 @@ import xxhash
 from resilience import errors
 from resilience.errors import CorruptCopyError, DivergedRanksError, LayoutMismatchError, ResilienceError
 from resilience.job import Job
-from resilience.planning.decision import ElectionPolicy, Strike
+from resilience.planning.decision import Candidate, ElectionPolicy, Strike
 from resilience.planning.inventory import Inventory, SaveId, Tier
 from resilience.planning.restore_plan import Plan, needed_owners, plan_restore
+from resilience.planning.retrieval import RetrievalPlan
 from resilience.planning.topology import Topology
 from resilience.planning.typed_json import from_json
 from resilience.planning.wire import inventories_from_json, inventories_to_json, to_json
@@ -39,6 +41,9 @@ _RETRY_UNKNOWN_S = 20.0
 _MAX_ROUNDS = 10_000  # a round strikes off at least one copy
 _REFUSED = b'{"refused"'
 
+#: The copies that failed here, and what loads once all ranks have what they need.
+_Obtained = tuple[Sequence[Strike], Callable[[TrainingState], Callable[[], Resume]] | None]
+
 
 @dataclass(frozen=True)
 class _Refusal:
@@ -49,9 +54,9 @@ class _Refusal:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """How a rank's load went: bytes and copies it retrieved (of its own, of replicas), or in words why it failed."""
+    """How a rank's load went: bytes and copies it retrieved (of its own, of replicas, rebuilt), or why it failed."""
 
-    counts: tuple[int, int, int] = (0, 0, 0)
+    counts: tuple[int, int, int, int] = (0, 0, 0, 0)
     failed: str = ""
 
 
@@ -187,23 +192,19 @@ class Restorer:
         chosen = plan.decision.chosen
         if chosen is None:
             raise ValueError("nothing was chosen")
-        failed: Sequence[Strike] = ()
         load: Callable[[TrainingState], Callable[[], Resume]] | None = None
         problem: Exception | None = None
-        try:
-            if chosen.kind == "shared":
-                failed, load = self.shared.obtain(chosen, state)
-            elif plan.assembly is not None:
-                failed, load = self._assembler().obtain(chosen, plan.assembly)
-            else:
-                failed, load = self._obtain(chosen.save, plan, round_number)
-        except Exception as error:  # noqa: BLE001  (no room for what it fetches, or anything else: the others wait)
-            problem = error
-        struck = self._agree_strikes(failed, problem)
-        if struck:
-            return struck, None
+        for step in self._steps(plan, state, round_number):
+            failed: Sequence[Strike] = ()
+            try:
+                failed, load = step()
+            except Exception as error:  # noqa: BLE001  (no room for what it fetches, or anything else: the others wait)
+                problem = error
+            struck = self._agree_strikes(failed, problem)
+            if struck:
+                return struck, None
         if load is None:
-            raise ValueError("agreed on shards that are not there")
+            return set(), None  # shards of another world's save were rebuilt: now they are copies, and are planned with
         unfit: Exception | None = None
         copy: Callable[[], Resume] | None = None
         bad: list[Strike] = []
@@ -234,13 +235,43 @@ class Restorer:
             raise ValueError("a save on nodes was elected where no node store is configured")
         return self.assembler
 
-    def _obtain(
-        self, save: SaveId, plan: Plan, round_number: int
-    ) -> tuple[list[Strike], Callable[[TrainingState], Callable[[], Resume]]]:
-        if self.gatherer is None or plan.decision.chosen is None:
+    def _steps(self, plan: Plan, state: TrainingState, round_number: int) -> list[Callable[[], _Obtained]]:
+        """What brings the elected save's bytes together, in steps after each of which all ranks agree."""
+        chosen, retrieval = plan.decision.chosen, plan.retrieval
+        if chosen is None:
+            raise ValueError("nothing was chosen")
+        if chosen.kind == "shared":
+            return [lambda: self.shared.obtain(chosen, state)]
+        assembly = plan.assembly
+        if assembly is not None:
+            return [lambda: self._assembler().obtain(chosen, assembly)]
+        if chosen.world_size not in (None, self.job.world_size):
+            return [lambda: self._rebuild_foreign(chosen, retrieval, round_number)]
+        if self.gatherer is None:
             raise ValueError("a save on nodes was elected where no node store is configured")
-        gatherer, tier = self.gatherer, plan.decision.chosen.tier
-        failed = gatherer.obtain(save, plan.retrieval, plan.split, f"fetch/{round_number}")
+        gatherer, load = self.gatherer, self._loader(chosen.save, plan)
+        # who rebuilds waits for those that read for it: not before all have what they fetched
+        stages = [("fetch", gatherer.obtain)]
+        stages += [("rebuild", gatherer.rebuild)] if retrieval.rebuilds else []
+        stages += [("spread", gatherer.spread)] if retrieval.spread else []
+
+        def step(name: str, run: Callable[[SaveId, RetrievalPlan, bool, str], list[Strike]]) -> _Obtained:
+            return run(chosen.save, retrieval, plan.split, f"{name}/{round_number}"), load
+
+        return [partial(step, *stage) for stage in stages]
+
+    def _rebuild_foreign(self, chosen: Candidate, retrieval: RetrievalPlan, round_number: int) -> _Obtained:
+        if self.gatherer is None or chosen.world_size is None:
+            raise ValueError("a save on nodes was elected where no node store is configured")
+        name = f"rebuild/{round_number}"
+        return self.gatherer.rebuild_foreign(chosen.save, retrieval, chosen.world_size, name), None
+
+    def _loader(self, save: SaveId, plan: Plan) -> Callable[[TrainingState], Callable[[], Resume]]:
+        """What loads the elected save once its shards are on this node."""
+        gatherer, chosen = self.gatherer, plan.decision.chosen
+        if gatherer is None or chosen is None:
+            raise ValueError("a save on nodes was elected where no node store is configured")
+        tier = chosen.tier
 
         def load(state: TrainingState) -> Callable[[], Resume]:
             owners = self.job.data_parallel() if plan.split else (self.job.rank,)
@@ -256,7 +287,7 @@ class Restorer:
 
             return finish
 
-        return failed, load
+        return load
 
     def _load(self, copy: Callable[[], Resume]) -> Resume:
         """The live state changes here; and the last agreement: every rank has loaded, or none goes on.
@@ -266,8 +297,8 @@ class Restorer:
         """
         problem: Exception | None = None
         try:
-            resume = copy()
-            mine = _Loaded(counts=(resume.retrieved_bytes, resume.own_copies, resume.replica_copies))
+            resume = self._with_rebuilt(copy())
+            mine = _Loaded(counts=(resume.retrieved_bytes, resume.own_copies, resume.replica_copies, resume.rebuilt))
         except Exception as error:  # noqa: BLE001  (the others must not go on without this rank)
             problem, mine = error, _Loaded(failed=_in_words(error))
         everyone = self._told(_Loaded, mine)
@@ -279,8 +310,16 @@ class Restorer:
                     f"rank {rank} failed while it loaded, so that no rank can go on: {told.failed}",
                     advice="Nothing was saved since. Mend the cause and start again.",
                 )
-        retrieved, own, replicas = (sum(column) for column in zip(*(each.counts for each in everyone), strict=True))
-        return replace(resume, retrieved_bytes=retrieved, own_copies=own, replica_copies=replicas)
+        counts = zip(*(each.counts for each in everyone), strict=True)
+        retrieved, own, replicas, rebuilt = (sum(column) for column in counts)
+        return replace(resume, retrieved_bytes=retrieved, own_copies=own, replica_copies=replicas, rebuilt=rebuilt)
+
+    def _with_rebuilt(self, resume: Resume) -> Resume:
+        """With what this rank made from parity, whatever it was for."""
+        made = self.gatherer
+        if made is None:
+            return resume
+        return replace(resume, rebuilt=made.rebuilt, retrieved_bytes=resume.retrieved_bytes + made.rebuilding_bytes)
 
     def _agree_strikes(
         self,

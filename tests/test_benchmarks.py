@@ -65,6 +65,17 @@ def test_a_quick_run_restores_from_either_node_and_crosses_boundaries(tmp_path: 
     assert document["measured_s"]["restores"]["in_place/own"]["retrieved_bytes"] == [0.0] * QUICK.restores
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_quick_run_protects_a_shard_by_every_scheme(tmp_path: Path, repository: Path) -> None:
+    document = run_benchmarks(tmp_path, repository, "--only", "redundancy")
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    assert set(figures) == {"replica_2", "replica_3", "xor_4", "rs_4"}
+    for figure in figures.values():
+        check_shape(figure)
+    assert document["measured_s"]["redundancy"].keys() == {*figures, "lanes", "lanes.nbytes"}
+
+
 def test_settings_reach_other_processes_as_they_are() -> None:
     assert Settings.from_json(FULL.to_json()) == FULL
     assert 240e6 < FULL.shard_bytes < 270e6

@@ -46,8 +46,6 @@ def test_an_interval_without_a_directory_would_save_nothing_and_is_refused_at_th
 @pytest.mark.parametrize(
     ("checkpoint", "resiliency", "field"),
     [
-        ({}, {"redundancy": "xor"}, "resiliency.redundancy"),
-        ({}, {"redundancy": "rs"}, "resiliency.redundancy"),
         ({}, {"snapshot_mode": "overlapped"}, "resiliency.snapshot_mode"),
         ({}, {"metrics": "metrics.prom"}, "resiliency.metrics"),
     ],
@@ -68,8 +66,39 @@ def test_defaults_ask_for_nothing_that_is_missing() -> None:
 
 
 def test_several_problems_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)2 settings cannot be used.*redundancy.*metrics"):
+    with pytest.raises(ConfigError, match=r"(?s)2 settings cannot be used.*metrics.*redundancy"):
         validate_together(CheckpointConfig(), ResiliencyConfig(redundancy="rs", metrics="metrics.prom"))
+
+
+ON_NODES: dict[str, Any] = {
+    "replication": True,
+    "non_persistent_ckpt_type": "local",
+    "non_persistent_save_interval": 5,
+    "non_persistent_local_ckpt_dir": "/local",
+}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fields", "says"),
+    [
+        ("xor", {}, "replication is off"),
+        ("rs", {}, "replication is off"),
+        ("rs", {"replication_factor": 2}, "from 3 to 64"),
+        ("xor", {"replication_factor": 65}, "from 2 to 64"),
+    ],
+)
+def test_parity_needs_a_clique_that_it_can_cover(scheme: Any, fields: dict[str, Any], says: str) -> None:
+    given = {**ON_NODES, **fields} if fields else {}
+    with pytest.raises(ConfigError, match=says) as refusal:
+        validate_together(CheckpointConfig(**given), ResiliencyConfig(redundancy=scheme))
+    assert "resiliency.redundancy" in str(refusal.value)
+    assert refusal.value.advice
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("xor", 2), ("xor", 8), ("rs", 3), ("rs", 64)])
+def test_parity_with_a_clique_that_fits_is_accepted(scheme: Any, size: int) -> None:
+    given = {**ON_NODES, "replication_factor": size}
+    validate_together(CheckpointConfig(**given), ResiliencyConfig(redundancy=scheme))
 
 
 def domains_problem(domains: list[str], *, ranks_per_node: int | None = None, **fields: Any) -> str:

@@ -48,7 +48,8 @@ def validate_together(
                 advice="Set pretrained_checkpoint, or leave save_frozen at True.",
             )
         )
-    if checkpoint.replication and domains is not None:
+    problems += _redundancy_problems(checkpoint, resiliency)
+    if checkpoint.replication and resiliency.redundancy == "replica" and domains is not None:
         problems += _domain_problems(checkpoint, domains, world_size, ranks_per_node)
     if len(problems) == 1:
         raise problems[0]
@@ -76,13 +77,6 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
     if checkpoint.ckpt_format == "zarr" and find_spec("google_crc32c") is None:
         says = 'checkpoint.ckpt_format: "zarr" needs packages that are not installed here.'
         found.append(ConfigError(says, advice="Install them: pip install torch-resilience[zarr]"))
-    if resiliency.redundancy != "replica":
-        refuse(
-            "resiliency.redundancy",
-            resiliency.redundancy,
-            "other nodes hold whole copies, parity is not computed",
-            'Use redundancy="replica".',
-        )
     if resiliency.snapshot_mode != "eager":
         refuse(
             "resiliency.snapshot_mode",
@@ -105,6 +99,35 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
             "Leave metrics out and set events: the same figures are in the event files.",
         )
     return found
+
+
+#: Of the schemes that keep parity: the smallest clique, and the largest one that a factor may ask for.
+_SMALLEST_CLIQUE = {"xor": 2, "rs": 3}
+_LARGEST_FACTOR = 64
+
+
+def _redundancy_problems(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> list[ConfigError]:
+    """For parity `replication_factor` is the clique's size, which has bounds; and something must be protected."""
+    smallest = _SMALLEST_CLIQUE.get(resiliency.redundancy)
+    if smallest is None:
+        return []
+    given = f'resiliency.redundancy: given "{resiliency.redundancy}"'
+    if not checkpoint.replication:
+        return [
+            ConfigError(
+                f"{given}, but checkpoint.replication is off, so that nothing is kept on other nodes.",
+                advice='Set replication, or leave redundancy at "replica".',
+            )
+        ]
+    if not smallest <= checkpoint.replication_factor <= _LARGEST_FACTOR:
+        return [
+            ConfigError(
+                f"{given} with checkpoint.replication_factor {checkpoint.replication_factor}, which is then the size "
+                f"of a clique: from {smallest} to {_LARGEST_FACTOR}.",
+                advice="Use 4 to 8: the larger the clique, the less memory parity takes.",
+            )
+        ]
+    return []
 
 
 def _domain_problems(

@@ -19,8 +19,8 @@ from resilience.foresight.job import Redundancy
 from resilience.foresight.simulation import Durations
 from resilience.planning.cadence import best_interval, expected_goodput
 from resilience.planning.memory import MemoryBudget, budget
-from resilience.planning.schemes import SCHEMES, loss_probability
-from resilience.planning.topology import Topology, make_topology
+from resilience.planning.schemes import SCHEMES, Scheme, loss_probability
+from resilience.planning.topology import Topology
 
 __all__ = ["Advice", "Option", "Question", "advise"]
 
@@ -127,11 +127,11 @@ def _option(
     question: Question, save_type: SaveType, redundancy: Redundancy, factor: int, available: bool
 ) -> Option | None:
     """None: no cliques of that size can be placed on these nodes."""
-    placed = _place(question, factor)
+    scheme = None if redundancy == "none" else SCHEMES[redundancy]
+    placed = _place(question, scheme or SCHEMES["replica"], factor)
     if placed is None:
         return None
     topology, racks_apart = placed
-    scheme = None if redundancy == "none" else SCHEMES[redundancy]
     kept = scheme.kept_bytes(question.shard_bytes, factor) if scheme else 0
     sent = scheme.sent_bytes(question.shard_bytes, factor) if scheme else 0
     survives = scheme.losses(factor) if scheme else 0
@@ -156,7 +156,7 @@ def _option(
         keep_last=question.keep_last,
         interval=interval,
         file_is_arena=not on_disk,
-        buffer_bytes=0,
+        buffer_bytes=question.ranks_per_node * scheme.buffer_bytes(topology) if scheme else 0,
         estimated=True,
     )
     needs = dict(memory.needs)
@@ -174,7 +174,7 @@ def _replaced(option: Option, goodput: float) -> Option:
     return Option(**{**vars(option), "expected_goodput": goodput})
 
 
-def _place(question: Question, factor: int) -> tuple[Topology, bool] | None:
+def _place(question: Question, scheme: Scheme, factor: int) -> tuple[Topology, bool] | None:
     """Cliques over racks, where racks fail and there are enough of them; else over nodes."""
     names = [f"node{rank // question.ranks_per_node:05d}" for rank in range(question.ranks)]
     racks = {name: f"rack{int(name[4:]) // question.nodes_per_rack:05d}" for name in names}
@@ -182,13 +182,11 @@ def _place(question: Question, factor: int) -> tuple[Topology, bool] | None:
     if question.rack_share > 0 and question.nodes_per_rack > 1 and len(set(racks.values())) >= factor:
         for jump in (per_rack, None):
             try:
-                return make_topology(
-                    question.ranks, names, jump=jump, factor=factor, domains=racks, restart=False
-                ), True
+                return scheme.place(names, jump=jump, factor=factor, domains=racks, restart=False), True
             except ConfigError:
                 continue  # these cliques would put two copies into one rack
     try:
-        return make_topology(question.ranks, names, jump=None, factor=factor, domains=None, restart=False), False
+        return scheme.place(names, jump=None, factor=factor, domains=None, restart=False), False
     except ConfigError:
         return None
 
@@ -265,10 +263,10 @@ def _why(question: Question, best: Option, options: tuple[Option, ...]) -> tuple
             f"{best.to_shared_storage:.0%} of the failures go back to shared storage."
         )
     else:
-        what = {"replica": f"{best.factor} copies of each shard", "xor": f"one parity over {best.factor} nodes",
-                "rs": f"two parities over {best.factor} nodes"}[best.redundancy]  # fmt: skip
+        what = {"replica": f"{best.factor} copies of each shard survive", "xor": f"One parity over {best.factor} nodes "
+                "survives", "rs": f"Two parities over {best.factor} nodes survive"}[best.redundancy]  # fmt: skip
         said.append(
-            f"{what[:1].upper()}{what[1:]} survive the loss of any {best.survives} of a clique; that leaves "
+            f"{what} the loss of any {best.survives} of a clique; that leaves "
             f"{best.to_shared_storage:.2g} of the failures for shared storage."
         )
     if best.racks_apart:

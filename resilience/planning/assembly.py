@@ -16,9 +16,10 @@ from resilience.errors import SourceUnavailableError
 from resilience.planning.copies import copy_table, holdings_of
 from resilience.planning.decision import Candidate, Strike
 from resilience.planning.inventory import TIERS, Inventory, Tier
+from resilience.planning.rebuilding import Rebuild, plan_rebuilds
 from resilience.planning.retrieval import LocalCopy
 
-__all__ = ["Assembly", "Move", "Shown", "plan_moves", "plan_showing", "readers"]
+__all__ = ["Assembly", "Move", "Shown", "plan_missing", "plan_moves", "plan_showing", "readers"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,24 @@ def plan_showing(
         tuple(sorted(shown, key=lambda each: each.owner)),
         tuple(best[key] for key in sorted(best)),
     )
+
+
+def plan_missing(
+    chosen: Candidate, inventories: Sequence[Inventory], *, nodes: Sequence[str], strikes: Collection[Strike] = ()
+) -> tuple[Rebuild, ...]:
+    """What has to be rebuilt from parity before the shards can be shown. Raises as `plan_showing`.
+
+    One shard for each rank at most: the next round of the election sees these as copies, and plans for the rest.
+    """
+    if chosen.run_id is None or chosen.world_size is None:
+        raise ValueError("a save on nodes has a run and a world size")
+    holdings = holdings_of(inventories, chosen.run_id, chosen.world_size).get(chosen.save, ())
+    table = copy_table(chosen.save, holdings, chosen.world_size, strikes)
+    ranks_on: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks_on.setdefault(node, []).append(rank)
+    homes = dict(zip(sorted(table.rebuilt_from), range(len(nodes)), strict=False))
+    return plan_rebuilds(table, homes, nodes, ranks_on)
 
 
 def _order(copy: LocalCopy) -> tuple[int, bool, str]:

@@ -17,7 +17,9 @@ __all__ = ["CatalogEntry", "catalog"]
 class CatalogEntry:
     """One save: all its copies on nodes together, or one folder on shared storage.
 
-    `copies` is the minimum over owners; `nbytes` counts each owner's shard once, `held_bytes` every copy. `where` names
+    `copies` is the minimum over owners; of an owner without a copy the shard can be rebuilt from parity if the save is
+    complete: `rebuildable` counts those, `parity` the files that parity lies in. `nbytes` counts each owner's shard
+    once, `held_bytes` every file. `where` names
     the node directories, or the shared source. `problem` says why a folder on shared storage is not resumed from;
     `abandoned` why nobody will go on from this save ("" if it counts). `world_size`, and with it the owners, is unknown
     (None) for a folder that another program wrote.
@@ -35,6 +37,8 @@ class CatalogEntry:
     where: tuple[str, ...]
     problem: str = ""
     abandoned: str = ""
+    rebuildable: int = 0
+    parity: int = 0
 
     @property
     def on_nodes(self) -> bool:
@@ -85,13 +89,15 @@ def _on_nodes(
         tier=table.tier() if complete else cheapest,
         run_id=run_id,
         world_size=world_size,
-        owners_present=world_size - len(table.missing),
+        owners_present=sum(1 for where in table.held_in if where),
         copies=min(len({(held[i].source, held[i].copies.node_id) for i in where}) for where in table.held_in),
         nbytes=sum(table.nbytes),
-        held_bytes=sum(sum(holding.copies.nbytes) for holding in held),
+        held_bytes=sum(holding.copies.held_bytes for holding in held),
         complete=complete,
         where=tuple(dict.fromkeys(holding.copies.node_id for holding in held)),
         abandoned=left_behind(abandoned[save]) if save in abandoned else "",
+        rebuildable=len(table.rebuilt_from),
+        parity=sum(len(holding.copies.parity) for holding in held),
     )
 
 

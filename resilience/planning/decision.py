@@ -36,13 +36,15 @@ _ERRORS: dict[str, type[ResilienceError]] = {
 class Strike:
     """A copy that failed to read or verify. `where`: the node directory (`NodeSave.node_id`), or "save", "load", ….
 
-    `owner` None strikes all copies of the save there.
+    `owner` None strikes all copies of the save there, parity too. `parity`: not the owner's shard is meant, but the
+    parity that this rank made.
     """
 
     where: str
     tier: Tier
     save: SaveId
     owner: int | None = None
+    parity: bool = False
 
 
 @dataclass(frozen=True)

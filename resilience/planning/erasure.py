@@ -26,6 +26,9 @@ __all__ = ["ALIGNMENT", "LARGEST_CLIQUE", "Code", "StripePlan", "Term", "gf_divi
 
 ALIGNMENT: Final = 64  #: stripes are multiples of it, so that lanes of 8 bytes never cross one
 LARGEST_CLIQUE: Final = 128  #: members; the weights are distinct up to 255
+_HEADER_BYTES: Final = 1024
+_HEADER_BYTES_PER_MEMBER: Final = 128
+_PAGE: Final = 4096
 _POLYNOMIAL: Final = 0x11D
 
 
@@ -88,6 +91,15 @@ class Code:
     def stripe_bytes(self, longest: int) -> int:
         """The size of every stripe in a clique whose longest shard has so many bytes."""
         return -(-longest // (self.data * ALIGNMENT)) * ALIGNMENT
+
+    @property
+    def header_bytes(self) -> int:
+        """Of a parity file: room for the shards' sizes and digests, in whole pages."""
+        return -(-(_HEADER_BYTES + self.members * _HEADER_BYTES_PER_MEMBER) // _PAGE) * _PAGE
+
+    def file_bytes(self, longest: int) -> int:
+        """Of the file in which a member keeps its parity."""
+        return self.header_bytes + self.parities * self.stripe_bytes(longest)
 
     def row_of(self, member: int, stripe: int) -> int:
         """The row that a stripe belongs to."""

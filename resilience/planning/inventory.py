@@ -33,6 +33,57 @@ class SaveId:
         return f"g{self.generation:04d}-{self.attempt[:8]}"
 
 
+@dataclass(frozen=True, order=True)
+class ParityName:
+    """A parity file's name: its clique, called after the lowest rank, and the place of the member whose it is."""
+
+    clique: int
+    index: int
+
+
+#: What a rank keeps for a save, as a name: the shard of an owner, or parity.
+Kept = int | ParityName
+
+
+def named(kept: Kept) -> str:
+    """For people."""
+    if isinstance(kept, ParityName):
+        return f"member {kept.index}'s parity of the clique of rank {kept.clique}"
+    return f"rank {kept}'s shard"
+
+
+@dataclass(frozen=True)
+class ParityCover:
+    """What the parity of one clique was made of: its members' ranks ascending, their shards' sizes and digests.
+
+    `parities`: 1 for xor, 2 for rs; see `planning/erasure.py`.
+    """
+
+    parities: int
+    members: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ParityCopy:
+    """The parity that one member of a clique keeps; `index` is its place among the members."""
+
+    cover: ParityCover
+    index: int
+    nbytes: int
+    digest: str
+
+    @property
+    def keeper(self) -> int:
+        """The rank that made it."""
+        return self.cover.members[self.index]
+
+    @property
+    def name(self) -> ParityName:
+        return ParityName(self.cover.members[0], self.index)
+
+
 @dataclass(frozen=True)
 class NodeSave:
     """All copies of one save that one node holds in one tier.
@@ -51,6 +102,12 @@ class NodeSave:
     roles: tuple[Role, ...]
     certified: bool = False  # a certificate of this save lies beside the copies
     split: bool = False  # what data parallelism replicates is split over the group: a rank needs its group's shards
+    parity: tuple[ParityCopy, ...] = ()  # not among `owners`: of it shards can be rebuilt, it is none
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all files."""
+        return sum(self.nbytes) + sum(each.nbytes for each in self.parity)
 
 
 @dataclass(frozen=True)

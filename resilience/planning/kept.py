@@ -1,11 +1,11 @@
-"""What stands after an election: which saves stay on the nodes, and which replicas of the elected one are missing."""
+"""What stands after an election: which saves stay on the nodes, and what the elected one lacks to be protected."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from resilience.planning.copies import copy_table, holdings_of
+from resilience.planning.copies import CopyTable, copy_table, holdings_of
 from resilience.planning.decision import Decision, Strike
 from resilience.planning.history import abandoned_saves, read_history
 from resilience.planning.inventory import Inventory, SaveId
@@ -19,12 +19,26 @@ __all__ = ["Standing", "standing_of"]
 class Standing:
     """`kept`: complete saves that count, oldest first, the elected one last if it lies on nodes. `digests`: of the
     elected save, by owner. `lacking`: (owner, rank) pairs: that rank should hold a replica of the owner's shard and
-    does not.
+    does not. `lacking_parity`: ranks that should hold their clique's parity and do not.
     """
 
     kept: tuple[SaveId, ...] = ()
     digests: tuple[str, ...] = ()
     lacking: tuple[tuple[int, int], ...] = ()
+    lacking_parity: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing must be sent again before the elected save is protected."""
+        return not self.lacking and not self.lacking_parity
+
+    def lacks_any(self, clique: Sequence[int]) -> bool:
+        """Whether the clique's members must exchange the elected save again."""
+        return any(owner in clique for owner, _ in self.lacking) or any(rank in clique for rank in self.lacking_parity)
+
+    def is_sent(self, rank: int, clique: Sequence[int]) -> bool:
+        """Whether they need the shard of `rank` for it: parity is made of all of them."""
+        return any(owner == rank for owner, _ in self.lacking) or any(each in clique for each in self.lacking_parity)
 
 
 def standing_of(
@@ -64,4 +78,30 @@ def standing_of(
         for rank in holders
         if (nodes[rank], owner) not in held and (rank, owner) not in arriving
     )
-    return Standing(tuple(kept), table.digests, lacking)
+    return Standing(tuple(kept), table.digests, lacking, _lacking_parity(table, strikes, nodes, topology))
+
+
+def _lacking_parity(
+    table: CopyTable, strikes: Collection[Strike], nodes: Sequence[str], topology: Topology
+) -> tuple[int, ...]:
+    """Ranks whose node does not have, in its own directory, what the rank keeps of its clique's parity: of today's
+
+    clique and scheme, made of the shards that were elected.
+    """
+    if not topology.parities:
+        return ()
+    struck = {(strike.where, strike.owner) for strike in strikes if strike.save == table.save and strike.parity}
+    clique_of = {rank: clique for clique in topology.cliques for rank in clique}
+    held = {
+        (holding.source, each.keeper)
+        for holding in table.holdings
+        if holding.source == holding.copies.node_id
+        for each in holding.copies.parity
+        if (holding.source, each.keeper) not in struck
+        and each.cover.parities == topology.parities
+        and each.cover.members == clique_of[each.keeper]
+        and each.cover.digests == tuple(table.digests[member] for member in each.cover.members)
+    }
+    return tuple(
+        rank for rank, clique in sorted(clique_of.items()) if len(clique) > 1 and (nodes[rank], rank) not in held
+    )

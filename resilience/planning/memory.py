@@ -55,8 +55,11 @@ def budget(
     staged_bytes: int = 0,
     present_bytes: int = 0,
     estimated: bool = False,
+    kept_for_others: str = "replicas",
 ) -> MemoryBudget:
-    """The node's sum. `own_bytes`: shard sizes of its ranks; `replica_bytes`: those of one save's replicas on it.
+    """The node's sum. `own_bytes`: shard sizes of its ranks; `replica_bytes`: of what it keeps of one save for others.
+
+    `kept_for_others`: what that is.
 
     `on_nodes`: saves lie on nodes, and not only on shared storage. `buffer_bytes`: bounded buffers of all its ranks.
     `needed_bytes`: the shards of one save that its ranks read at a restart; what it does not hold is fetched.
@@ -71,12 +74,12 @@ def budget(
     entries.append((f"{arenas} arenas of {len(own_bytes)} ranks", arenas * own, in_memory))
     files: tuple[Place, ...] = in_memory if file_is_arena else ("disk",)
     if file_is_arena:
-        entries.append((f"{arenas} slots for {len(replica_bytes)} replicas", arenas * replicas, in_memory))
+        entries.append((f"{arenas} slots for {len(replica_bytes)} {kept_for_others}", arenas * replicas, in_memory))
         allocated = arenas * (own + replicas)
     elif on_nodes:
         allocated = _saves_held(keep_last) * (own + replicas)
-        entries.append((f"{len(replica_bytes)} slots for replicas", replicas, in_memory))
-        entries.append((f"{_saves_held(keep_last)} saves with their replicas", allocated, files))
+        entries.append((f"{len(replica_bytes)} slots for {kept_for_others}", replicas, in_memory))
+        entries.append((f"{_saves_held(keep_last)} saves with their {kept_for_others}", allocated, files))
     else:
         allocated = 0
     in_buffers = sum(size for _, size, places in entries if places == in_memory)

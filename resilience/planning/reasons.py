@@ -29,6 +29,8 @@ def incomplete(table: CopyTable, strikes: Collection[Strike], completed: Collect
     missing = table.missing
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     words = f"no usable copy of the shard of rank {missing[0]}{more}"
+    if any(holding.copies.parity for holding in table.holdings):
+        words += ", and too little that it could be rebuilt from"
     struck = sum(strike.save == table.save for strike in strikes)
     if struck:
         words += f"; {struck} {'copies' if struck > 1 else 'copy'} failed to read or verify"

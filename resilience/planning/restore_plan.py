@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from resilience.errors import SourceUnavailableError
-from resilience.planning.assembly import Assembly, plan_showing
+from resilience.planning.assembly import Assembly, plan_missing, plan_showing
 from resilience.planning.decision import Candidate, Decision, ElectionPolicy, Strike
 from resilience.planning.election import elect
 from resilience.planning.inventory import Inventory
@@ -57,7 +57,13 @@ def plan_restore(
     except SourceUnavailableError as error:
         return Plan(replace(decision, chosen=None, error=("SourceUnavailable", str(error), "")), notes=notes)
     standing = standing_of(
-        decision, inventories, strikes, run_id=run_id, nodes=nodes, topology=topology, fetches=retrieval.fetches
+        decision,
+        inventories,
+        strikes,
+        run_id=run_id,
+        nodes=nodes,
+        topology=topology,
+        fetches=(*retrieval.fetches, *retrieval.spread),
     )
     return Plan(decision, retrieval, standing, split, notes)
 
@@ -70,8 +76,14 @@ def _plan_another_world(
     strikes: frozenset[Strike],
     notes: tuple[str, ...],
 ) -> Plan:
-    """Nothing of it is kept beyond the first protected save of this attempt: no shard is one of this world's."""
+    """Nothing of it is kept beyond the first protected save of this attempt: no shard is one of this world's.
+
+    As long as shards are to be rebuilt, the plan is only that; then it is made again.
+    """
     try:
+        rebuilds = plan_missing(chosen, inventories, nodes=nodes, strikes=strikes)
+        if rebuilds:
+            return Plan(decision, RetrievalPlan(rebuilds=rebuilds), notes=notes)
         assembly = plan_showing(chosen, inventories, nodes=nodes, strikes=strikes)
     except SourceUnavailableError as error:
         return Plan(replace(decision, chosen=None, error=("SourceUnavailable", str(error), "")), notes=notes)

@@ -1,7 +1,8 @@
 """Which node reads which shard from where after an election: own copies first, the rest from whoever has least to send.
 
 A shard that several ranks of a node need is fetched once, by one of them, and every copy is verified by exactly one
-rank of the node that uses it. Equal inputs give equal plans, whatever order they come in.
+rank of the node that uses it. A shard of which there is no copy is rebuilt from parity, at home, and spread from there.
+Equal inputs give equal plans, whatever order they come in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from resilience.errors import SourceUnavailableError
 from resilience.planning.copies import CopyTable, copy_table, holdings_of
 from resilience.planning.decision import Decision, Strike
 from resilience.planning.inventory import TIERS, Inventory, Tier
+from resilience.planning.rebuilding import Rebuild, plan_rebuilds
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ class Verify:
 
 @dataclass(frozen=True)
 class RetrievalPlan:
-    """All moves of one restore. For a save on shared storage, and for a fresh start, it is empty."""
+    """All moves of one restore. For a save on shared storage, and for a fresh start, it is empty.
+
+    `rebuilds` come after the fetches; `spread` are fetches of what was rebuilt, by nodes that need it too.
+    """
 
     local: tuple[LocalCopy, ...] = ()
     fetches: tuple[Fetch, ...] = ()
     verify: tuple[Verify, ...] = ()
+    rebuilds: tuple[Rebuild, ...] = ()
+    spread: tuple[Fetch, ...] = ()
 
 
 def plan_retrieval(
@@ -89,8 +96,12 @@ def plan_retrieval(
                 missing.append((node, owner))
             else:
                 local.append(copy)
-    fetches = _fetches(table, missing, nodes, ranks_on)
-    return RetrievalPlan(tuple(local), fetches, _verifications(local, fetches, nodes, ranks_on))
+    lost = {owner for _, owner in missing if owner in table.rebuilt_from}
+    rebuilds = plan_rebuilds(table, {owner: owner for owner in lost}, nodes, ranks_on)
+    fetches = _fetches(table, [each for each in missing if each[1] not in lost], nodes, ranks_on)
+    spread = _spread(rebuilds, [each for each in missing if each[1] in lost], chosen.tier, ranks_on)
+    verify = _verifications(local, fetches, nodes, ranks_on)
+    return RetrievalPlan(tuple(local), fetches, verify, rebuilds, spread)
 
 
 def _own_copy(table: CopyTable, node: str, owner: int) -> LocalCopy | None:
@@ -135,6 +146,28 @@ def _fetches(
             )
         )
     return tuple(sorted(fetches, key=lambda fetch: (fetch.to_node, fetch.owner)))
+
+
+def _spread(
+    rebuilds: Sequence[Rebuild],
+    missing: Sequence[tuple[str, int]],
+    tier: Tier,
+    ranks_on: Mapping[str, Sequence[int]],
+) -> tuple[Fetch, ...]:
+    """What was rebuilt, on its way to other nodes that need it."""
+    made = {rebuild.owner: rebuild for rebuild in rebuilds}
+    received: Counter[int] = Counter()
+    fetches: list[Fetch] = []
+    for node, owner in sorted(missing):
+        rebuild = made[owner]
+        if node == rebuild.node:
+            continue
+        to_rank = min(ranks_on[node], key=lambda rank: (received[rank], rank))
+        received[to_rank] += rebuild.nbytes
+        fetches.append(
+            Fetch(owner, rebuild.node, rebuild.node, tier, rebuild.rank, node, to_rank, rebuild.nbytes, rebuild.digest)
+        )
+    return tuple(fetches)
 
 
 def _verifications(

@@ -12,6 +12,10 @@ from math import comb
 from typing import Final, Protocol
 
 from resilience.planning.erasure import Code
+from resilience.planning.inventory import Kept, ParityName
+from resilience.planning.pacing import ring_buffer_bytes
+from resilience.planning.parity_topology import make_parity_topology
+from resilience.planning.topology import Topology, make_topology
 
 __all__ = ["SCHEMES", "Comparison", "Parity", "Replicas", "Scheme", "compare", "loss_probability"]
 
@@ -22,6 +26,11 @@ class Scheme(Protocol):
     @property
     def name(self) -> str:
         """As in `redundancy`."""
+        ...
+
+    @property
+    def files_named(self) -> str:
+        """What its files are called, for people."""
         ...
 
     @property
@@ -41,12 +50,37 @@ class Scheme(Protocol):
         """What a rank sends for one save; it receives as much."""
         ...
 
+    def place(
+        self,
+        nodes: Sequence[str],
+        *,
+        jump: int | None,
+        factor: int,
+        domains: Mapping[str, str] | None,
+        restart: bool,
+    ) -> Topology:
+        """The cliques of a job whose ranks run on `nodes`. ConfigError at a first start that cannot be protected."""
+        ...
+
+    def files(self, topology: Topology, rank: int, shard_bytes: Sequence[int]) -> Mapping[Kept, int]:
+        """What `rank` keeps of one save for the others' sake, and each file's bytes. `shard_bytes`: of each rank."""
+        ...
+
+    def traffic(self, topology: Topology, rank: int, shard_bytes: int) -> int:
+        """What `rank` sends for one save in this very topology."""
+        ...
+
+    def buffer_bytes(self, topology: Topology) -> int:
+        """The exchange's own buffers on one rank."""
+        ...
+
 
 @dataclass(frozen=True)
 class Replicas:
     """Whole copies: a rank's shard lies on all members of its clique."""
 
     name: str = "replica"
+    files_named: str = "replicas"
     smallest_clique: int = 2
 
     def losses(self, clique: int) -> int:
@@ -58,6 +92,26 @@ class Replicas:
     def sent_bytes(self, shard_bytes: int, clique: int) -> int:
         return (clique - 1) * shard_bytes
 
+    def place(
+        self,
+        nodes: Sequence[str],
+        *,
+        jump: int | None,
+        factor: int,
+        domains: Mapping[str, str] | None,
+        restart: bool,
+    ) -> Topology:
+        return make_topology(len(nodes), nodes, jump=jump, factor=factor, domains=domains, restart=restart)
+
+    def files(self, topology: Topology, rank: int, shard_bytes: Sequence[int]) -> Mapping[Kept, int]:
+        return {owner: shard_bytes[owner] for owner in topology.held()[rank]}
+
+    def traffic(self, topology: Topology, rank: int, shard_bytes: int) -> int:
+        return len(topology.holders[rank]) * shard_bytes
+
+    def buffer_bytes(self, topology: Topology) -> int:
+        return 0
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -65,6 +119,7 @@ class Parity:
 
     name: str
     parities: int
+    files_named: str = "parity files"
 
     @property
     def smallest_clique(self) -> int:
@@ -83,6 +138,35 @@ class Parity:
         if self.parities == 2 and code.data > 1:
             messages -= 1
         return messages * code.stripe_bytes(shard_bytes)
+
+    def place(
+        self,
+        nodes: Sequence[str],
+        *,
+        jump: int | None,
+        factor: int,
+        domains: Mapping[str, str] | None,
+        restart: bool,
+    ) -> Topology:
+        return make_parity_topology(
+            len(nodes), nodes, scheme=self.name, parities=self.parities, jump=jump, size=factor, domains=domains,
+            restart=restart,
+        )  # fmt: skip
+
+    def files(self, topology: Topology, rank: int, shard_bytes: Sequence[int]) -> Mapping[Kept, int]:
+        clique = topology.clique_of(rank)
+        if len(clique) == 1:
+            return {}
+        nbytes = Code(len(clique), self.parities).file_bytes(max(shard_bytes[member] for member in clique))
+        return {ParityName(clique[0], clique.index(rank)): nbytes}
+
+    def traffic(self, topology: Topology, rank: int, shard_bytes: int) -> int:
+        clique = topology.clique_of(rank)
+        return self.sent_bytes(shard_bytes, len(clique)) if len(clique) > 1 else 0
+
+    def buffer_bytes(self, topology: Topology) -> int:
+        sizes = {len(clique) for clique in topology.cliques if len(clique) > 1}
+        return max((ring_buffer_bytes(Code(size, self.parities)) for size in sizes), default=0)
 
 
 #: By the name that `redundancy` gives.

@@ -20,7 +20,9 @@ class Topology:
 
     `factor` is the number of copies of each shard that really exist (the owner's included), `protected` whether that is
     what was asked for, `notes` what a user should be told once. `jump` is the distance that was asked for or derived;
-    where ranks were dealt out by failure domain it describes nothing, the cliques do.
+    where ranks were dealt out by failure domain it describes nothing, the cliques do. With `parities` (1: xor, 2: rs)
+    nobody holds replicas, and every member keeps parity of its clique. `survives`: any so many failure domains may be
+    lost at once.
     """
 
     world_size: int
@@ -30,6 +32,13 @@ class Topology:
     holders: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
     protected: bool
+    parities: int = 0
+    survives: int = 0
+
+    @property
+    def replicates(self) -> bool:
+        """Whether anybody keeps anything for others."""
+        return any(len(clique) > 1 for clique in self.cliques)
 
     def held(self) -> tuple[tuple[int, ...], ...]:
         """For each rank the owners whose replicas it keeps: the inverse of `holders`, owners ascending."""
@@ -70,16 +79,16 @@ def make_topology(
     assert len(nodes) == world_size, f"{len(nodes)} nodes named for {world_size} ranks"
     _check_numbers(jump, factor)
     domain = [domains.get(node, node) if domains else node for node in nodes]
-    per_node = _block_size(nodes)
+    per_node = block_size(nodes)
     stride = jump or per_node or max(1, world_size // len(set(nodes)))
     if factor == 1:
-        return _unreplicated(world_size, stride, (), protected=True)
+        return unreplicated(world_size, stride, (), protected=True)
     if len(set(nodes)) == 1:
         note = f"one node ({nodes[0]}): nothing is replicated; saves survive dead processes, not the loss of the node"
-        return _unreplicated(world_size, stride, (note,), protected=False)
+        return unreplicated(world_size, stride, (note,), protected=False)
     copies, notes = _affordable_copies(world_size, stride, factor, len(set(domain)), restart)
     if copies == 1:
-        return _unreplicated(world_size, stride, notes, protected=False)
+        return unreplicated(world_size, stride, notes, protected=False)
     cliques, more_notes = _place(domain, jump or per_node, copies, restart)
     holders: list[tuple[int, ...]] = [()] * world_size
     for clique in cliques:
@@ -92,6 +101,7 @@ def make_topology(
         tuple(holders),
         notes + more_notes,
         copies == factor,
+        survives=copies - 1,
     )
 
 
@@ -105,12 +115,12 @@ def _check_numbers(jump: int | None, factor: int) -> None:
         )
 
 
-def _unreplicated(world_size: int, jump: int, notes: tuple[str, ...], *, protected: bool) -> Topology:
+def unreplicated(world_size: int, jump: int, notes: tuple[str, ...], *, protected: bool) -> Topology:
     alone = tuple((rank,) for rank in range(world_size))
     return Topology(world_size, jump, 1, alone, ((),) * world_size, notes, protected)
 
 
-def _block_size(nodes: Sequence[str]) -> int | None:
+def block_size(nodes: Sequence[str]) -> int | None:
     """Ranks per node if every node has one block of equally many consecutive ranks; otherwise None."""
     size = len(nodes) // len(set(nodes))
     even = all(nodes[rank] == nodes[rank - rank % size] for rank in range(len(nodes)))
@@ -144,7 +154,7 @@ def _place(
         return _by_domain(domain, copies)
     world_size = len(domain)
     documented = world_size % (stride * copies) == 0
-    rings = _columns(world_size, stride, copies)
+    rings = columns(world_size, stride, copies)
     clash = _clash(rings, copies, domain)
     if not clash:
         return [_Clique(ring) for ring in rings], ()
@@ -160,7 +170,7 @@ def _place(
     return cliques, (f"jump {stride} {clash}; copies are placed by failure domain instead", *notes)
 
 
-def _columns(world_size: int, jump: int, copies: int) -> list[tuple[int, ...]]:
+def columns(world_size: int, jump: int, copies: int) -> list[tuple[int, ...]]:
     """Rings of ranks `jump` apart: whole blocks of jump × copies first, what remains joins the last block.
 
     A column that is too short for `copies` members comes out short; `_clash` says so.
@@ -204,7 +214,7 @@ def _fitting_jumps(domain: Sequence[str], copies: int) -> list[int]:
     world_size = len(domain)
     fitting: list[int] = []
     for jump in range(1, world_size // copies + 1):
-        if world_size % (jump * copies) == 0 and not _clash(_columns(world_size, jump, copies), copies, domain):
+        if world_size % (jump * copies) == 0 and not _clash(columns(world_size, jump, copies), copies, domain):
             fitting.append(jump)
             if len(fitting) == 4:
                 break

@@ -7,21 +7,28 @@ verified stays so over the rounds of an election.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from resilience.errors import CorruptCopyError, ResilienceError
 from resilience.job import Job
 from resilience.planning.decision import Strike
-from resilience.planning.inventory import Role, SaveId, Tier
+from resilience.planning.inventory import Kept, Role, SaveId, Tier
+from resilience.planning.rebuilding import Rebuild, Source
 from resilience.planning.retrieval import Fetch, LocalCopy, RetrievalPlan
 from resilience.planning.topology import Topology
 from resilience.replication.communicator import Communicator
+from resilience.replication.rebuilding import Rebuilt, run_rebuilds
 from resilience.replication.retrieval import Fetched, run_fetches
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.loader import OpenShard, open_shard
+from resilience.stores.digest import algorithm_of, digest_of
+from resilience.stores.filesystem import MappedFile
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import CopyLocation, NodeStore, locate_copy
+from resilience.stores.parity_file import check_parity_header, read_parity_header
+from resilience.stores.records import ShardRecord
 from resilience.stores.shard_file import read_header
 
 __all__ = ["ShardGatherer"]
@@ -50,8 +57,11 @@ class ShardGatherer:
         self._opened: dict[Path, OpenShard] = {}
         self._verified: dict[tuple[SaveId, int], OpenShard] = {}
         self._landed: dict[tuple[SaveId, int], OpenShard] = {}  # fetched, in mappings that the keeper owns
+        self._parity: dict[Path, MappedFile] = {}  # that rebuilds read, proved
         self._borrowed: list[tuple[SaveId, int]] = []  # fetched for the load only
         self.retrieved_bytes = 0
+        self.rebuilt = 0  # shards that this rank made from parity
+        self.rebuilding_bytes = 0  # that came from other nodes for it
         self.roles: list[str] = []  # of the copies that this rank verified or fetched
 
     def obtain(self, save: SaveId, plan: RetrievalPlan, split: bool, round_name: str) -> list[Strike]:
@@ -102,6 +112,108 @@ class ShardGatherer:
                 self._tell("warning", what=f"a copy is bad and struck off: {error}", advice="")
         return strikes
 
+    def rebuild(self, save: SaveId, plan: RetrievalPlan, split: bool, round_name: str) -> list[Strike]:
+        """After `obtain`, if the plan has rebuilds: make this rank's shard from parity, and read for those of others.
+
+        What is not sound comes back; parity from which a wrong shard was made, too. Errors as of `obtain`.
+        """
+
+        def keep(made: Rebuilt) -> None:
+            self._accept(save, made.rebuild.owner, made.arena, made.rebuild.digest, split)
+
+        return self._rebuild(
+            save, plan, round_name, self._job.world_size,
+            lambda rebuild: self._keeper.slot(rebuild.owner, rebuild.nbytes), keep,
+            lambda made: self._keeper.discard(made.rebuild.owner, made.arena, reusable=True),
+        )  # fmt: skip
+
+    def rebuild_foreign(self, save: SaveId, plan: RetrievalPlan, world_size: int, round_name: str) -> list[Strike]:
+        """As `rebuild`, of a save that `world_size` ranks took: what this rank makes becomes a copy on its node.
+
+        It goes with the others of that save.
+        """
+        store, fs = self._keeper.store, self._keeper.store.fs
+
+        def land(rebuild: Rebuild) -> Arena:
+            path = self._keeper.arena_dir / f"rebuilt-{rebuild.owner:05d}.arena"
+            fs.unlink(path)
+            return Arena(fs.create_mapping(path, rebuild.nbytes))
+
+        def keep(made: Rebuilt) -> None:
+            rebuild, view = made.rebuild, made.arena.mapped.view
+            header = read_header(view, f"the shard of rank {rebuild.owner}")
+            if (header.save, header.owner, header.world_size) != (save, rebuild.owner, world_size):
+                raise CorruptCopyError("its header speaks of another save.")
+            record = ShardRecord(
+                store.run_id, save, rebuild.owner, world_size, "replica", store.tier, store.node_id, rebuild.nbytes,
+                rebuild.digest, self._keeper.now(), split=len(header.group) > 1,
+            )  # fmt: skip
+            if self._keeper.file_is_arena:
+                store.commit_file(made.arena.mapped.path, record)
+                made.arena.close()
+            else:
+                store.commit_bytes(view, record)
+                drop(made)
+
+        def drop(made: Rebuilt) -> None:
+            made.arena.close()
+            fs.unlink(made.arena.mapped.path)
+
+        return self._rebuild(save, plan, round_name, world_size, land, keep, drop)
+
+    def _rebuild(
+        self,
+        save: SaveId,
+        plan: RetrievalPlan,
+        round_name: str,
+        world_size: int,
+        land: Callable[[Rebuild], Arena],
+        keep: Callable[[Rebuilt], None],
+        drop: Callable[[Rebuilt], None],
+    ) -> list[Strike]:
+        made, bad = run_rebuilds(
+            plan.rebuilds,
+            self._communicator,
+            round_name,
+            read=lambda source: self._prove(save, source, world_size),
+            land=land,
+        )
+        strikes = [_strike(save, source) for source in bad]
+        if made is None:
+            return strikes
+        problem = made.problem
+        try:
+            if not problem:
+                keep(made)
+                self.rebuilt += 1
+                self.rebuilding_bytes += sum(made.rebuild.travelling().values())
+        except CorruptCopyError as error:
+            problem, made = str(error), replace(made, wrong=True)
+        if problem:
+            drop(made)
+            self._tell("warning", what=f"rank {made.rebuild.owner}'s shard could not be rebuilt: {problem}", advice="")
+        if made.wrong:
+            strikes += [_strike(save, source) for source in made.rebuild.sources if source.parity]
+        return strikes
+
+    def spread(self, save: SaveId, plan: RetrievalPlan, split: bool, round_name: str) -> list[Strike]:
+        """After `rebuild`: bring what was rebuilt to the other nodes that need it. Errors as of `obtain`.
+
+        What does not arrive whole is this start's trouble, and no copy's.
+        """
+        arrived = run_fetches(
+            plan.spread,
+            self._communicator,
+            round_name,
+            read=lambda fetch: Arena(self._rebuilt(save, fetch.owner).mapped),
+            land=lambda fetch: self._keeper.slot(fetch.owner, fetch.nbytes, reserved=False),
+            reserve=self._keeper.reserve_room,
+            meanwhile=lambda: None,
+        )
+        for got in arrived:
+            self._take(save, got, split)
+        return []
+
     def drop_bad_copies(self, strikes: Iterable[Strike]) -> None:
         """Remove what was struck off in this node's own directory, if it is bad and not merely out of reach.
 
@@ -111,8 +223,8 @@ class ShardGatherer:
         if not self._job.leads_node:
             return
         for strike in strikes:
-            if strike.where != self._job.node_id or strike.owner is None:
-                continue
+            if strike.where != self._job.node_id or strike.owner is None or strike.parity:
+                continue  # parity that was struck off is made anew
             for store in self._stores:
                 try:
                     place = store.locate(strike.save, strike.owner, self._job.world_size, strike.where)
@@ -156,6 +268,9 @@ class ShardGatherer:
         for shard in self._opened.values():
             shard.close()
         self._opened.clear()
+        for mapped in self._parity.values():
+            mapped.close()
+        self._parity.clear()
         self._verified.clear()
         self._landed.clear()
         for save, owner in self._borrowed:
@@ -178,8 +293,8 @@ class ShardGatherer:
         node_dir = copy.node_dir if isinstance(copy, LocalCopy) else copy.from_dir
         return self._locate(save, copy.owner, node_dir, copy.tier)
 
-    def _locate(self, save: SaveId, owner: int, node_dir: str, tier: Tier) -> CopyLocation:
-        return locate_copy(self._stores, save, owner, self._job.world_size, node_dir, tier)
+    def _locate(self, save: SaveId, kept: Kept, node_dir: str, tier: Tier) -> CopyLocation:
+        return locate_copy(self._stores, save, kept, self._job.world_size, node_dir, tier)
 
     def _fetched(self, save: SaveId, owner: int) -> CopyLocation:
         """What a rank of this node fetched and committed."""
@@ -202,14 +317,49 @@ class ShardGatherer:
         fetch = got.fetch
         if got.arena is None or got.problem:
             raise CorruptCopyError(got.problem)
-        header = read_header(got.arena.mapped.view, f"the shard of rank {fetch.owner}")
-        if (header.save, header.owner, header.world_size) != (save, fetch.owner, self._job.world_size):
-            raise CorruptCopyError("its header speaks of another save.")
+        self._accept(save, fetch.owner, got.arena, fetch.digest, split)
         self.retrieved_bytes += fetch.nbytes
         self.roles.append("fetched")
-        role: Role = "primary" if fetch.owner == self._job.rank else "replica"
-        self._keeper.commit(save, fetch.owner, got.arena, fetch.digest, role=role, split=split)
+
+    def _accept(self, save: SaveId, owner: int, arena: Arena, digest: str, split: bool) -> None:
+        """Commit bytes that have the owner's digest."""
+        header = read_header(arena.mapped.view, f"the shard of rank {owner}")
+        if (header.save, header.owner, header.world_size) != (save, owner, self._job.world_size):
+            raise CorruptCopyError("its header speaks of another save.")
+        role: Role = "primary" if owner == self._job.rank else "replica"
+        self._keeper.commit(save, owner, arena, digest, role=role, split=split)
         if self._keeper.file_is_arena:  # its pages are mapped already; on a disk the buffer is free for others now
-            self._landed[save, fetch.owner] = OpenShard(header, got.arena.mapped)
-        if role == "replica" and fetch.owner not in self._sources:
-            self._borrowed.append((save, fetch.owner))
+            self._landed[save, owner] = OpenShard(header, arena.mapped)
+        if role == "replica" and owner not in self._sources:
+            self._borrowed.append((save, owner))
+
+    def _rebuilt(self, save: SaveId, owner: int) -> OpenShard:
+        landed = self._landed.get((save, owner))
+        return landed if landed is not None else self._open(self._fetched(save, owner))
+
+    def _prove(self, save: SaveId, source: Source, world_size: int) -> Arena:
+        """Map a file that a rebuild reads, and hash it unless that was done already. CorruptCopyError, StoreError."""
+        location = locate_copy(self._stores, save, source.kept, world_size, source.node_dir, source.tier)
+        if not source.parity:
+            shard = self._open(location)
+            if self._verified.get((save, source.owner)) is not shard:
+                _compare(location, shard.digest(), source.digest)
+            return Arena(shard.mapped)
+        mapped = self._parity.get(location.path)
+        if mapped is None:
+            mapped = self._keeper.store.fs.open_mapping(location.path)
+            self._parity[location.path] = mapped
+            check_parity_header(
+                read_parity_header(mapped.view, str(location.path)), location.record, str(location.path)
+            )
+            _compare(location, digest_of(mapped.view, algorithm_of(source.digest)), source.digest)
+        return Arena(mapped)
+
+
+def _compare(location: CopyLocation, found: str, expected: str) -> None:
+    if not found == location.record.digest == expected:
+        raise CorruptCopyError(f"{location.path} has digest {found}, {expected} was computed when it was made.")
+
+
+def _strike(save: SaveId, source: Source) -> Strike:
+    return Strike(source.node_dir, source.tier, save, source.owner, source.parity)

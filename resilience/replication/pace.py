@@ -20,6 +20,10 @@ class Pace:
         self._ready_at = now()
 
     @property
+    def bytes_per_s(self) -> float | None:
+        return self._bytes_per_s
+
+    @property
     def capped(self) -> bool:
         return self._bytes_per_s is not None
 

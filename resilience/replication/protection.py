@@ -13,9 +13,10 @@ from typing import Final
 
 from resilience.errors import ResilienceError
 from resilience.planning.control import SlotReport
-from resilience.planning.inventory import SaveId
-from resilience.replication.clique import CliqueExchange, ExchangeBrokenError, Inbox, Offer
+from resilience.planning.inventory import Kept, SaveId
+from resilience.replication.clique import ExchangeBrokenError, Offer
 from resilience.replication.communicator import Agreements
+from resilience.replication.redundancy import Redundancy
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.equality import Sample
@@ -90,11 +91,11 @@ class Protection:
         self.tell = tell
         self._now = now
         self._nodes = tuple(nodes)
-        self._exchange: CliqueExchange | None = None
+        self._exchange: Redundancy | None = None
         self.replicating = False  # whether replicas are wanted at all (and not only possible right now)
         self.broken = False  # the clique's group is down: a new epoch is wanted
 
-    def connect(self, exchange: CliqueExchange | None) -> None:
+    def connect(self, exchange: Redundancy | None) -> None:
         """Use a new epoch's exchange from here on."""
         if self._exchange is not None:
             self._exchange.close(failed=self.broken)
@@ -106,9 +107,9 @@ class Protection:
         began = self._now()
         attempt = _Attempt(self, job)
         try:
-            if self._exchange is not None and self._exchange.capped:
-                attempt.settle()  # the owner's copy does not wait for bytes that go slowly on purpose
-            missing = self._swap(job, attempt)
+            if self._exchange is not None and self._exchange.settles_first:
+                attempt.settle()
+            missing = self._swap(job, attempt, attempt.lacks)
             attempt.settle()  # whatever became of the link: the group's agreement and our own commit happen once
         except Exception as error:
             self._fail(job, repr(error))  # a mistake of ours: the job must hear "failed", or it waits for this save
@@ -125,15 +126,17 @@ class Protection:
     def _fail(self, job: SaveJob, error: str) -> None:
         self._board.report(SlotReport(job.save, "failed", failed=True, settled=True), error)
 
-    def restore_replicas(self, save: SaveId, arena: Arena | None, digest: str, split: bool) -> None:
-        """After a retrieval: send what holders lack of a save that is committed already (`arena` None:
+    def protect_again(
+        self, save: SaveId, arena: Arena | None, digest: str, lacks: Callable[[Kept], bool], split: bool
+    ) -> None:
+        """After a retrieval: one exchange of a save that is committed already, for those who lack something of it.
 
-        nobody lacks).
+        `arena` None: nobody lacks what this rank could send. `lacks`: what this rank is still to have.
         """
         attempt = _Attempt(self, SaveJob(save, None, None, split), committed=digest)
-        missing = self._swap(SaveJob(save, arena, None, split), attempt)
+        missing = self._swap(SaveJob(save, arena, None, split), attempt, lacks)
         if missing:
-            self.tell("warning", what=f"iteration {save.iteration} is not fully replicated again: {missing}", advice="")
+            self.tell("warning", what=f"iteration {save.iteration} is not fully protected again: {missing}", advice="")
         else:
             self.tell("protected", iteration=save.iteration, tier=self._keeper.store.tier, seconds=0.0)
 
@@ -142,32 +145,21 @@ class Protection:
             self._exchange.close(failed=failed or self.broken)
             self._exchange = None
 
-    def _swap(self, job: SaveJob, attempt: _Attempt) -> str:
-        """The exchange; returns why replicas are missing, "" if none is."""
+    def _swap(self, job: SaveJob, attempt: _Attempt, lacks: Callable[[Kept], bool]) -> str:
+        """The exchange; returns why something is missing, "" if nothing is."""
         if not self.replicating:
             return ""
         if self._exchange is None or self.broken:
             return "the link to the clique is down"
         offer = Offer(job.save, job.arena if attempt.sendable else None, attempt.digest)
         try:
-            received, reasons = self._exchange.run(offer, attempt.inbox)
+            return "; ".join(self._exchange.protect(offer, lacks, split=job.split))
         except ExchangeBrokenError as error:
             self.broken = True
             return self._tell_down(job.save, error)
-        problems = [f"rank {owner}: {reason}" for owner, reason in reasons.items() if attempt.expected(owner)]
-        for got in received:
-            if self._keeper.holds(job.save, got.owner):  # sent for another holder's sake, after a restart
-                self._keeper.discard(got.owner, got.slot, reusable=True)
-                continue
-            try:
-                self._keeper.commit(job.save, got.owner, got.slot, got.digest, role="replica", split=job.split)
-            except OSError as error:
-                self._keeper.discard(got.owner, got.slot, reusable=True)
-                problems.append(f"replica of rank {got.owner}: {error}")
-        return "; ".join(problems)
 
     def _tell_down(self, save: SaveId, error: ExchangeBrokenError) -> str:
-        """Say who was given up and how far its bytes had come; returns why there are no replicas."""
+        """Say who was given up and how far its bytes had come; returns why the save is not protected."""
         peer = error.rank
         if peer is None:
             self.tell("replication_down", iteration=save.iteration, error=str(error))
@@ -190,7 +182,7 @@ class Protection:
         tier, iteration = self._keeper.store.tier, job.save.iteration
         if missing:
             self._board.report(SlotReport(job.save, "primary", settled=True, cost_us=cost), missing)
-            self.tell("warning", what=f"save of iteration {iteration} is not replicated: {missing}", advice="")
+            self.tell("warning", what=f"save of iteration {iteration} is not protected: {missing}", advice="")
             return
         self._board.report(SlotReport(job.save, "protected", settled=True, cost_us=cost))
         self.tell("protected", iteration=iteration, tier=tier, seconds=seconds)
@@ -222,11 +214,10 @@ class _Attempt:
         self._digest: str | None = committed or None
         self.error = ""
         self.sendable = bool(committed) or (job.arena is not None and job.healthy)
-        self.inbox: Inbox = protection.keeper
 
-    def expected(self, owner: int) -> bool:
-        """Whether a replica of `owner` is still missing (after a restart most are there already)."""
-        return not self._protection.keeper.holds(self._job.save, owner)
+    def lacks(self, kept: Kept) -> bool:
+        """Whether this rank is still to have it."""
+        return not self._protection.keeper.holds(self._job.save, kept)
 
     def digest(self) -> str | None:
         """Hash this rank's shard, vote with the data-parallel group, commit where that is quick; None if void."""

@@ -85,20 +85,23 @@ class Budget:
             return None
         pairs = [from_json(tuple[int, int], each, "a rank's sizes") for each in everyone]
         shards, states = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        job, held = start.job, start.topology.held()
+        job, scheme = start.job, start.scheme
         needed = needed_owners(job.nodes, job.coordinates, self._split)[job.node_id]
         present = keeper.store.inventory().node_saves
         total = budget(
             own_bytes=[shards[rank] for rank in job.node_ranks],
-            replica_bytes=[shards[owner] for rank in job.node_ranks for owner in held[rank]],
+            replica_bytes=[
+                nbytes for rank in job.node_ranks for nbytes in scheme.files(start.topology, rank, shards).values()
+            ],
+            kept_for_others=scheme.files_named,
             keep_last=self._resiliency.keep_last,
             interval=shortest_interval(self._checkpoint.non_persistent_save_interval, self._resiliency.cadence),
             file_is_arena=self._file_is_arena,
             on_nodes=self._checkpoint.non_persistent_ckpt_type in ("local", "in_memory"),
-            buffer_bytes=len(job.node_ranks) * BUFFER_BYTES_PER_RANK,
+            buffer_bytes=len(job.node_ranks) * (BUFFER_BYTES_PER_RANK + scheme.buffer_bytes(start.topology)),
             needed_bytes=sum(shards[owner] for owner in needed),
             staged_bytes=sum(states[rank] for rank in job.node_ranks) if start.shared.stores else 0,
-            present_bytes=sum(sum(copies.nbytes) for copies in present),
+            present_bytes=sum(copies.held_bytes for copies in present),
             estimated=estimated,
         )
         available = available_bytes(keeper.arena_dir, keeper.store.base, self._fs)

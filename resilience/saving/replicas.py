@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from resilience.assembly import Start
 from resilience.errors import PeerLostError, ResilienceError
+from resilience.planning.inventory import Kept, ParityName
 from resilience.planning.pacing import falls_behind
-from resilience.replication.clique import CliqueExchange
 from resilience.replication.communicator import Agreements, Links
 from resilience.replication.pace import Pace
 from resilience.replication.protection import Board, Protection, SaveJob
+from resilience.replication.redundancy import REDUNDANCIES, Redundancy
 from resilience.restore import Plan
 from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
@@ -50,7 +51,7 @@ class Replicas:
 
     def begin(self, plan: Plan, bytes_per_s: float | None) -> None:
         """Open the first links and send what the elected save lacks. `bytes_per_s`: cap of the traffic."""
-        if self._start.topology.factor == 1:
+        if not self._start.topology.replicates:
             return
         self._bytes_per_s = bytes_per_s
         self._pace = Pace(bytes_per_s, self._clock.now, self._clock.sleep)
@@ -68,16 +69,21 @@ class Replicas:
         self._protection.close(failed=failed)
 
     def _again(self, plan: Plan) -> None:
-        """A node that came empty gets its copies back at once, in the background: one exchange, like a save's."""
+        """A node that came empty gets back what it keeps, at once, in the background: one exchange, like a save's."""
         chosen, standing = plan.decision.chosen, plan.standing
         keeper, protection, rank = self._keeper, self._protection, self._start.job.rank
-        clique = set(self._start.topology.clique_of(rank))
-        if chosen is None or not any(owner in clique for owner, _ in standing.lacking):
+        clique = self._start.topology.clique_of(rank)
+        if chosen is None or not standing.lacks_any(clique):
             return
-        sends = any(owner == rank for owner, _ in standing.lacking)
+        sends = standing.is_sent(rank, clique)
         save, digest = chosen.save, standing.digests[rank]
 
-        def replicate() -> None:
+        def lacks(kept: Kept) -> bool:
+            if isinstance(kept, ParityName):  # what lies under that name may be of another clique
+                return rank in standing.lacking_parity
+            return not keeper.holds(save, kept)
+
+        def protect() -> None:
             arena = None
             try:
                 arena = keeper.mapped(save, rank) if sends else None
@@ -85,9 +91,9 @@ class Replicas:
                 self._tell(
                     "warning", what=f"the shard of iteration {save.iteration} cannot be sent: {error}", advice=""
                 )
-            protection.restore_replicas(save, arena, digest, plan.split)
+            protection.protect_again(save, arena, digest, lacks, plan.split)
 
-        self._lane.submit("replicate again", replicate)
+        self._lane.submit("protect again", protect)
 
     def _connect(self, epoch: int) -> None:
         """Open the links of an epoch to the clique. In the protect lane."""
@@ -99,7 +105,7 @@ class Replicas:
         finally:
             self._tried = epoch
 
-    def _open(self, epoch: int) -> CliqueExchange | None:
+    def _open(self, epoch: int) -> Redundancy | None:
         topology, job = self._start.topology, self._start.job
         members = topology.clique_of(job.rank)
         if len(members) == 1:
@@ -115,9 +121,7 @@ class Replicas:
         if epoch:
             self._tell("epoch", epoch=epoch)
         links = CountedLinks(links, self._count)
-        holders, sources = topology.holders[job.rank], topology.held()[job.rank]
-        algorithm = self._keeper.store.seal.digest_algorithm
-        return CliqueExchange(links, job.rank, holders, sources, self._pace, algorithm)
+        return REDUNDANCIES[self._start.scheme.name](links, job.rank, topology, self._pace, self._keeper)
 
     def _count(self) -> None:
         self.transfers += 1
@@ -127,8 +131,8 @@ class Replicas:
         before, self._saved_at = self._saved_at, self._clock.now()
         if self._bytes_per_s is None or before is None or self._warned:
             return
-        holders = len(self._start.topology.holders[self._start.job.rank])
-        problem = falls_behind(shard_bytes, holders, self._bytes_per_s, self._saved_at - before)
+        sent = self._start.scheme.traffic(self._start.topology, self._start.job.rank, shard_bytes)
+        problem = falls_behind(sent, self._bytes_per_s, self._saved_at - before)
         if problem:
             self._warned = True
             self._tell("warning", what=problem, advice="Raise replication_bytes_per_s, or save less often.")

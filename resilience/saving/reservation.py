@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from resilience.planning.inventory import Kept
 from resilience.runtime.worker import Lane
 from resilience.stores.keeper import ShardKeeper
 
@@ -18,9 +19,9 @@ __all__ = ["Buffers", "Reservation"]
 
 @dataclass(frozen=True)
 class Buffers:
-    """`count` buffers for `owner`'s shards of `nbytes`."""
+    """`count` buffers of `nbytes` for `owner`'s shards, or parity of that name."""
 
-    owner: int
+    owner: Kept
     nbytes: int
     count: int
 

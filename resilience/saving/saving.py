@@ -5,7 +5,7 @@ The controller says what happens when; this file carries it out on this rank and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ from resilience.errors import ConfigError, PeerLostError, ResilienceError, SaveF
 from resilience.formats.registry import checkpoint_format
 from resilience.formats.saver import SharedSaver
 from resilience.planning.book import Book, Change, Entry, drain_slot
-from resilience.planning.inventory import AttemptLog, SaveId, Tier
+from resilience.planning.inventory import AttemptLog, Kept, SaveId, Tier
 from resilience.planning.memory import arenas_per_rank
 from resilience.planning.schedule import Due, shortest_interval
 from resilience.replication.communicator import Agreements
@@ -94,7 +94,7 @@ class Saving:
         self._budget = Budget(
             start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena
         )
-        self._replicas_here: dict[int, int] = {}  # by owner whose replicas this rank keeps: bytes of one
+        self._kept_here: Mapping[Kept, int] = {}  # what this rank keeps of a save for others: bytes of each file
         form = checkpoint_format(checkpoint.ckpt_format)
         form = form.keeping_plans() if checkpoint.ckpt_assume_constant_structure else form
         self.drain = Drain(
@@ -138,21 +138,26 @@ class Saving:
             self._agree_where_arenas_lie()
             self.replicas.begin(plan, self._resiliency.replication_bytes_per_s)
         elected = plan.decision.base
-        # older ones may lack replicas, and so may the elected one until it is replicated again: they count for nothing
+        # older ones may lack replicas, and so may the elected one until it is protected again: they count for nothing
         # but themselves
-        whole = elected if not plan.standing.lacking else None
+        whole = elected if plan.standing.whole else None
         return Book(tuple(Entry(save, "protected" if save == whole else "primary", True) for save in kept))
 
-    def _mine_of(self, save: SaveId, keeper: ShardKeeper) -> list[int]:
-        """The copies on this node that this rank will delete one day: its own and what it holds for others.
+    def _mine_of(self, save: SaveId, keeper: ShardKeeper) -> list[Kept]:
+        """The files on this node that this rank will delete one day: its own and what it holds for others.
 
         The node's leader takes what nobody on the node is responsible for any more, because ranks moved.
         """
-        job, held = self._start.job, self._start.topology.held()
-        there = keeper.store.owners_of(save)
-        claimed = {owner for rank in job.node_ranks for owner in (rank, *held[rank])}
-        mine = {job.rank, *held[job.rank]}
-        return [owner for owner in there if owner in mine or (job.leads_node and owner not in claimed)]
+        job = self._start.job
+        there = keeper.store.kept_of(save)
+        claimed = {kept for rank in job.node_ranks for kept in self._kept_by(rank)}
+        mine = self._kept_by(job.rank)
+        return [kept for kept in there if kept in mine or (job.leads_node and kept not in claimed)]
+
+    def _kept_by(self, rank: int) -> set[Kept]:
+        """What a rank keeps of each save, by name."""
+        nothing = [0] * self._start.job.world_size  # sizes, which do not matter here
+        return {rank, *self._start.scheme.files(self._start.topology, rank, nothing)}
 
     def _agree_where_arenas_lie(self) -> None:
         """When an arena is free is decided alike everywhere only if it is everywhere the file, or nowhere."""
@@ -299,7 +304,7 @@ class Saving:
             return
         slots = self._capacity if self._file_is_arena else 1
         wanted = [Buffers(job.rank, layout.nbytes, self._capacity)]
-        wanted += [Buffers(owner, nbytes, slots) for owner, nbytes in self._replicas_here.items()]
+        wanted += [Buffers(owner, nbytes, slots) for owner, nbytes in self._kept_here.items()]
         reservation.want(wanted)
         reservation.go_on()
 
@@ -361,8 +366,8 @@ class Saving:
         if sizes is None or self._reservation is None:
             return
         if self.keeps_on_nodes:
-            held = self._start.topology.held()[self._start.job.rank]
-            self._replicas_here = {owner: sizes.shards[owner] for owner in held}
+            start = self._start
+            self._kept_here = start.scheme.files(start.topology, start.job.rank, sizes.shards)
         leftovers = sizes.present - {*self.afterwards.kept}
         self._reservation.hold_back(any(save.attempt != self._start.attempt for save in leftovers))
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from resilience.errors import ResilienceError, SaveFailedError, StoreError
-from resilience.planning.inventory import Role, SaveId
+from resilience.planning.inventory import Kept, ParityCover, ParityName, Role, SaveId
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.stores.filesystem import FileSystem, MappedFile, no_space
@@ -45,14 +45,14 @@ class ShardKeeper:
         self._fs = fs
         self.rank = rank
         self._world_size = world_size
-        self._now = now
+        self.now = now
         self.file_is_arena = store.memory_backed
         self._changed = threads.condition()
-        self._buffers: dict[int, set[Arena]] = {}  # all that are mapped, by the owner whose shards they have held
-        self._free: dict[int, list[Arena]] = {}  # those of them that wait for the next shard
-        self._making: dict[int, int] = {}  # how many more are being made
+        self._buffers: dict[Kept, set[Arena]] = {}  # all that are mapped, by the owner whose shards they have held
+        self._free: dict[Kept, list[Arena]] = {}  # those of them that wait for the next shard
+        self._making: dict[Kept, int] = {}  # how many more are being made
         self._pins: dict[int, int] = {}  # readers of an arena, by id
-        self._held: dict[tuple[SaveId, int], Arena | None] = {}  # committed copies; None: bytes not mapped here
+        self._held: dict[tuple[SaveId, Kept], Arena | None] = {}  # committed copies; None: bytes not mapped here
         self._names = itertools.count()
 
     # -- buffers ------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class ShardKeeper:
         self.pin(arena)
         return arena
 
-    def slot(self, owner: int, nbytes: int, *, reserved: bool = True) -> Arena:
+    def slot(self, owner: Kept, nbytes: int, *, reserved: bool = True) -> Arena:
         """A buffer of exactly `nbytes` for `owner`'s shard: a warm one if there is one of that size, or about to be.
 
         Without `reserved` a new one has no room as yet: `reserve_room`, before anything is written to it.
@@ -96,7 +96,7 @@ class ShardKeeper:
         """Give a buffer room up to byte `stop`. StoreError if there is none; ECANCELED once `wanted()` says no."""
         self._fs.reserve(arena.mapped, stop, wanted)
 
-    def reserve(self, owner: int, nbytes: int, total: int, wanted: Callable[[], bool]) -> bool:
+    def reserve(self, owner: Kept, nbytes: int, total: int, wanted: Callable[[], bool]) -> bool:
         """Make one more warm buffer for `owner`'s shards of `nbytes`, unless there are `total`; whether it did.
 
         For a lane, ahead of the saves that will need it. StoreError if there is no room, and where it would leave none
@@ -122,7 +122,7 @@ class ShardKeeper:
         for arena in buffers:
             arena.mapped.enlarge_pages(wanted)
 
-    def _begin_making(self, owner: int, nbytes: int) -> list[Arena]:
+    def _begin_making(self, owner: Kept, nbytes: int) -> list[Arena]:
         """Under the lock. Returns free buffers of another layout: their memory goes back before new is asked for."""
         self._making[owner] = self._making.get(owner, 0) + 1
         stale = self._stale(owner, nbytes)
@@ -131,7 +131,7 @@ class ShardKeeper:
 
     def _make(
         self,
-        owner: int,
+        owner: Kept,
         nbytes: int,
         stale: Sequence[Arena],
         wanted: Callable[[], bool],
@@ -161,16 +161,17 @@ class ShardKeeper:
                     self._free.setdefault(owner, []).extend([made] if ahead else [])
                 self._changed.notify_all()
 
-    def _new_path(self, owner: int) -> Path:
-        return self.arena_dir / f"rank_{self.rank:05d}-for_{owner:05d}-{next(self._names)}.arena"
+    def _new_path(self, owner: Kept) -> Path:
+        whose = f"clique{owner.clique:05d}" if isinstance(owner, ParityName) else f"{owner:05d}"
+        return self.arena_dir / f"rank_{self.rank:05d}-for_{whose}-{next(self._names)}.arena"
 
-    def _fitting(self, owner: int, nbytes: int) -> list[Arena]:
+    def _fitting(self, owner: Kept, nbytes: int) -> list[Arena]:
         return [arena for arena in self._free.get(owner, ()) if arena.nbytes == nbytes]
 
-    def _stale(self, owner: int, nbytes: int) -> list[Arena]:
+    def _stale(self, owner: Kept, nbytes: int) -> list[Arena]:
         return [arena for arena in self._free.get(owner, ()) if arena.nbytes != nbytes]
 
-    def discard(self, owner: int, slot: Arena, *, reusable: bool) -> None:
+    def discard(self, owner: Kept, slot: Arena, *, reusable: bool) -> None:
         """A received shard is of no use. One that a broken link may still write into is never used again."""
         if reusable:
             self._give_back(owner, slot)
@@ -205,24 +206,33 @@ class ShardKeeper:
         busy = sum(1 for key in self._pins if not any(id(held) == key for held in self._held.values()))
         return own + busy < capacity
 
-    def _give_back(self, owner: int, arena: Arena) -> None:
+    def _give_back(self, owner: Kept, arena: Arena) -> None:
         with self._changed:
             self._free.setdefault(owner, []).append(arena)
             self._changed.notify_all()
 
-    def _drop(self, owner: int, arena: Arena) -> None:
+    def _drop(self, owner: Kept, arena: Arena) -> None:
         with self._changed:
             self._forget(owner, arena)
         arena.close()
         self._fs.unlink(arena.mapped.path)
 
-    def _forget(self, owner: int, arena: Arena) -> None:
+    def _forget(self, owner: Kept, arena: Arena) -> None:
         self._buffers.get(owner, set()).discard(arena)
 
     # -- copies -------------------------------------------------------------------------------------------------------
 
     def commit(self, save: SaveId, owner: int, arena: Arena, digest: str, *, role: Role, split: bool) -> None:
         """Make the sealed bytes in `arena` a copy of `owner`'s shard. Raises StoreError; then there is no copy."""
+        self._commit(save, owner, arena, digest, role, split, None)
+
+    def commit_parity(self, save: SaveId, cover: ParityCover, arena: Arena, digest: str, *, split: bool) -> None:
+        """Make the bytes in `arena` this rank's parity of what `cover` says. Raises StoreError; then there is none."""
+        self._commit(save, self.rank, arena, digest, "parity", split, cover)
+
+    def _commit(
+        self, save: SaveId, owner: int, arena: Arena, digest: str, role: Role, split: bool, cover: ParityCover | None
+    ) -> None:
         record = ShardRecord(
             run_id=self.store.run_id,
             save=save,
@@ -233,31 +243,32 @@ class ShardKeeper:
             node_id=self.store.node_id,
             nbytes=arena.nbytes,
             digest=digest,
-            created=self._now(),
+            created=self.now(),
             split=split,
+            cover=cover,
         )
         if self.file_is_arena:
             arena.mapped.path = self.store.commit_file(arena.mapped.path, record)
             with self._changed:
-                self._held[(save, owner)] = arena
+                self._held[(save, record.kept)] = arena
             return
         self.store.commit_bytes(arena.mapped.view, record)
         with self._changed:
-            self._held[(save, owner)] = None
-        if owner != self.rank or id(arena) not in self._pins:  # nobody else is reading it
-            self._give_back(owner, arena)
+            self._held[(save, record.kept)] = None
+        if record.kept != self.rank or id(arena) not in self._pins:  # nobody else is reading it
+            self._give_back(record.kept, arena)
 
-    def adopt(self, save: SaveId, owners: Sequence[int]) -> None:
+    def adopt(self, save: SaveId, owners: Sequence[Kept]) -> None:
         """Take charge of copies that an earlier attempt left in our own directory."""
         for owner in owners:
             path = self.store.shard_path(save, owner, self._world_size)
             if self._fs.stat(path) is not None:
                 self._held.setdefault((save, owner), None)
 
-    def holds(self, save: SaveId, owner: int) -> bool:
+    def holds(self, save: SaveId, owner: Kept) -> bool:
         return (save, owner) in self._held
 
-    def mapped(self, save: SaveId, owner: int) -> Arena:
+    def mapped(self, save: SaveId, owner: Kept) -> Arena:
         """The bytes of a copy that is kept, mapped for sending. StoreError if it is not there."""
         arena = self._held.get((save, owner))
         if arena is None:
@@ -288,7 +299,7 @@ class ShardKeeper:
             self._changed.notify_all()  # whoever waits for room: there is some even where no bytes were left to recycle
         self.store.remove_folder_if_empty(save)
 
-    def give_up(self, save: SaveId, owner: int) -> None:
+    def give_up(self, save: SaveId, owner: Kept) -> None:
         """Remove one copy that is not to stay, and its memory."""
         try:
             path = self.store.uncommit(save, owner, self._world_size)
@@ -314,7 +325,7 @@ class ShardKeeper:
             with contextlib.suppress(StoreError):  # no longer held in any case, and swept by the next start
                 self.give_up(save, owner)
 
-    def _recycle(self, key: tuple[SaveId, int], path: Path) -> None:
+    def _recycle(self, key: tuple[SaveId, Kept], path: Path) -> None:
         """The file goes back among the arenas under another name, its warm mapping with it.
 
         Until then the copy stays held, so that `unpin` leaves its arena alone: one of the two frees it, never both.

@@ -2,6 +2,7 @@
 
     <base>/<run_id>/<node_id>/iter_0000035/g0002-3f9ac01b/rank_00003-of-00008.safetensors   a shard
                                                           rank_00003-of-00008.json          its record, written last
+                                                          parity_00000_02.safetensors       parity: clique, member
                                                           complete.json                     the save's certificate
                               attempts/g0002-3f9ac01b.json
                               .arenas/                                                      free and filling buffers
@@ -29,7 +30,17 @@ from resilience.errors import (
     StoreError,
     UnsafePathError,
 )
-from resilience.planning.inventory import AttemptLog, Inventory, NodeSave, SaveId, Tier
+from resilience.planning.inventory import (
+    AttemptLog,
+    Inventory,
+    Kept,
+    NodeSave,
+    ParityCopy,
+    ParityName,
+    SaveId,
+    Tier,
+    named,
+)
 from resilience.stores.authentication import UNSEALED, Seal
 from resilience.stores.digest import segments
 from resilience.stores.filesystem import TEMPORARY_PREFIX, FileSystem
@@ -45,18 +56,20 @@ from resilience.stores.records import (
     is_name,
 )
 
-__all__ = ["CopyLocation", "NodeStore", "locate_copy", "shard_name"]
+__all__ = ["CopyLocation", "NodeStore", "file_name", "locate_copy"]
 
 CERTIFICATE: Final = "complete.json"
 ATTEMPTS: Final = "attempts"
 _ITERATION = re.compile(r"iter_(\d{7,16})")
 _GENERATION = re.compile(r"g\d{4,}-[0-9a-f]{8}")
-_RECORD = re.compile(r"rank_(\d{5,7})-of-(\d{5,7})\.json")
+_RECORD = re.compile(r"rank_(\d{5,7})-of-(\d{5,7})\.json|parity_(\d{5,7})_(\d{2,3})\.json")
 
 
-def shard_name(owner: int, world_size: int) -> str:
-    """File name of a shard, without its ending."""
-    return f"rank_{owner:05d}-of-{world_size:05d}"
+def file_name(kept: Kept, world_size: int) -> str:
+    """File name of a shard or of parity, without its ending."""
+    if isinstance(kept, ParityName):
+        return f"parity_{kept.clique:05d}_{kept.index:02d}"
+    return f"rank_{kept:05d}-of-{world_size:05d}"
 
 
 @dataclass(frozen=True)
@@ -127,13 +140,13 @@ class NodeStore:
             unauthentic=found.unauthentic,
         )
 
-    def locate(self, save: SaveId, owner: int, world_size: int, node_dir: str) -> CopyLocation:
+    def locate(self, save: SaveId, kept: Kept, world_size: int, node_dir: str) -> CopyLocation:
         """The copy that the directory `node_dir` of this run holds.
 
         FileNotFoundError, CorruptCopyError or StoreError.
         """
         folder = self.base / self.run_id / node_dir / iteration_folder(save.iteration) / save.folder
-        location = self._read_copy(folder, shard_name(owner, world_size) + ".json")
+        location = self._read_copy(folder, file_name(kept, world_size) + ".json")
         if location.record.save != save:
             raise CorruptCopyError(f"{location.path} belongs to attempt {location.record.save.attempt}.")
         return location
@@ -165,7 +178,7 @@ class NodeStore:
                 case SaveId() as certified:
                     found.certificates.add(certified)
                 case CopyLocation(record=record):
-                    found.copies.setdefault((record.save, root.name, record.tier), {})[record.owner] = content
+                    found.copies.setdefault((record.save, root.name, record.tier), {})[record.kept] = content
                 case problem:
                     found.notes.append(str(problem))
                     found.unauthentic += isinstance(problem, NotAuthenticError)
@@ -212,7 +225,7 @@ class NodeStore:
     def _read_copy(self, folder: Path, name: str) -> CopyLocation:
         what = str(folder / name)
         record = decode_record(self.fs.read(folder / name), what, self.seal)
-        expected = (*_folder_of(record.save), shard_name(record.owner, record.world_size) + ".json", self.run_id)
+        expected = (*_folder_of(record.save), file_name(record.kept, record.world_size) + ".json", self.run_id)
         if (*folder.parts[-2:], name, record.run_id) != expected:
             raise CorruptCopyError(f"{what} speaks of {'/'.join(expected)}.")
         path = (folder / name).with_suffix(".safetensors")
@@ -225,9 +238,9 @@ class NodeStore:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def shard_path(self, save: SaveId, owner: int, world_size: int) -> Path:
+    def shard_path(self, save: SaveId, kept: Kept, world_size: int) -> Path:
         folder = self.root / iteration_folder(save.iteration) / save.folder
-        return folder / (shard_name(owner, world_size) + ".safetensors")
+        return folder / (file_name(kept, world_size) + ".safetensors")
 
     def commit_file(self, source: Path, record: ShardRecord) -> Path:
         """Make the sealed file at `source` (same mount) the copy that `record` describes. Returns its path."""
@@ -257,7 +270,7 @@ class NodeStore:
         return path
 
     def _folder_for(self, record: ShardRecord) -> Path:
-        path = self.shard_path(record.save, record.owner, record.world_size)
+        path = self.shard_path(record.save, record.kept, record.world_size)
         self.fs.make_dir(path.parent)
         return path
 
@@ -268,9 +281,9 @@ class NodeStore:
             self.fs.fsync_dir(self.root)
         self.fs.write_atomic(path.with_suffix(".json"), encode_record(record, self.seal), durable=self._durable)
 
-    def uncommit(self, save: SaveId, owner: int, world_size: int) -> Path | None:
+    def uncommit(self, save: SaveId, kept: Kept, world_size: int) -> Path | None:
         """Unlink the record, durably; then the bytes at the returned path are nobody's and may be recycled."""
-        path = self.shard_path(save, owner, world_size)
+        path = self.shard_path(save, kept, world_size)
         if self.fs.unlink(path.with_suffix(".json")) and self._durable:
             self.fs.fsync_dir(path.parent)
         return path if self.fs.stat(path) is not None else None
@@ -279,9 +292,11 @@ class NodeStore:
         folder = self.root / iteration_folder(save.iteration) / save.folder
         self.fs.make_dir(folder)
         digests: dict[str, str] = {}
-        for owner in self.owners_of(save):
+        for owner in self.kept_of(save):
+            if isinstance(owner, ParityName):
+                continue
             with contextlib.suppress(CorruptCopyError, FileNotFoundError):  # deleted or damaged meanwhile: not held
-                record = self._read_copy(folder, f"{shard_name(owner, world_size)}.json").record
+                record = self._read_copy(folder, f"{file_name(owner, world_size)}.json").record
                 digests[str(owner)] = record.digest
         content = encode_certificate(self.run_id, save, world_size, protected, digests, self.seal)
         self.fs.write_atomic(folder / CERTIFICATE, content, durable=self._durable)
@@ -344,10 +359,14 @@ class NodeStore:
                 if orphan or name.startswith(TEMPORARY_PREFIX):
                     yield folder / name
 
-    def owners_of(self, save: SaveId) -> tuple[int, ...]:
-        """Whose records of `save` lie in this node's own directory, by their names."""
+    def kept_of(self, save: SaveId) -> tuple[Kept, ...]:
+        """What of `save` has a record in this node's own directory, by their names."""
         names = self.fs.list_dir(self.root / iteration_folder(save.iteration) / save.folder)
-        return tuple(int(found[1]) for name in names if (found := _RECORD.fullmatch(name)))
+        return tuple(
+            int(found[1]) if found[1] else ParityName(int(found[3]), int(found[4]))
+            for name in names
+            if (found := _RECORD.fullmatch(name))
+        )
 
     def drop_earlier_attempts(self, attempt: str, keep: Iterable[SaveId]) -> None:
         """Delete the copies of other attempts but those in `keep`, in our own directory and in ones nobody holds.
@@ -413,43 +432,49 @@ class _Inventoried:
     """What `inventory` gathers on its way."""
 
     def __init__(self) -> None:
-        self.copies: dict[tuple[SaveId, str, Tier], dict[int, CopyLocation]] = {}
+        self.copies: dict[tuple[SaveId, str, Tier], dict[Kept, CopyLocation]] = {}
         self.attempts: dict[str, AttemptLog] = {}
         self.certificates: set[SaveId] = set()
         self.notes: list[str] = []
         self.unauthentic = 0
 
 
-def _node_save(place: tuple[SaveId, str, Tier], copies: dict[int, CopyLocation], found: _Inventoried) -> NodeSave:
+def _node_save(place: tuple[SaveId, str, Tier], copies: dict[Kept, CopyLocation], found: _Inventoried) -> NodeSave:
     save, node_dir, tier = place
-    owners = tuple(sorted(copies))
-    records = [copies[owner].record for owner in owners]
+    everything = [copy.record for copy in copies.values()]
+    records = sorted((each for each in everything if each.cover is None), key=lambda record: record.owner)
+    parity = [
+        ParityCopy(each.cover, each.cover.members.index(each.owner), each.nbytes, each.digest)
+        for each in everything
+        if each.cover is not None
+    ]
     return NodeSave(
         node_id=node_dir,
         tier=tier,
-        run_id=records[0].run_id,
+        run_id=everything[0].run_id,
         save=save,
-        world_size=records[0].world_size,
-        owners=owners,
+        world_size=everything[0].world_size,
+        owners=tuple(record.owner for record in records),
         digests=tuple(record.digest for record in records),
         nbytes=tuple(record.nbytes for record in records),
         roles=tuple(record.role for record in records),
         certified=save in found.certificates,
-        split=records[0].split,
+        split=everything[0].split,
+        parity=tuple(sorted(parity, key=lambda each: each.name)),
     )
 
 
 def locate_copy(
-    stores: Iterable[NodeStore], save: SaveId, owner: int, world_size: int, node_dir: str, tier: Tier
+    stores: Iterable[NodeStore], save: SaveId, kept: Kept, world_size: int, node_dir: str, tier: Tier
 ) -> CopyLocation:
     """The copy in `node_dir`, in whichever of a node's stores it is: a directory may hold saves of both node tiers, so
 
     that the record tells. FileNotFoundError, or what is wrong with what lies there.
     """
-    problem: Exception = FileNotFoundError(f"the {tier} copy of rank {owner}'s shard in {node_dir} is gone")
+    problem: Exception = FileNotFoundError(f"the {tier} copy of {named(kept)} in {node_dir} is gone")
     for store in stores:
         try:
-            location = store.locate(save, owner, world_size, node_dir)
+            location = store.locate(save, kept, world_size, node_dir)
         except FileNotFoundError:
             continue
         except (ResilienceError, OSError) as error:

@@ -12,9 +12,11 @@ from resilience.errors import CorruptCopyError
 from resilience.stores.digest import algorithm_of, digest_of
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.node_store import CopyLocation
+from resilience.stores.parity_file import ParityHeader, check_parity_header, read_parity_header
+from resilience.stores.records import ShardRecord
 from resilience.stores.shard_file import ShardHeader, check_header, read_header
 
-__all__ = ["CopyGoneError", "header_of", "prove_copy"]
+__all__ = ["CopyGoneError", "header_of", "prove_copy", "prove_header"]
 
 
 class CopyGoneError(Exception):
@@ -29,15 +31,23 @@ class _Seen:
 
 def header_of(location: CopyLocation, fs: FileSystem) -> ShardHeader:
     """The shard's header, held against its record. CorruptCopyError, StoreError, CopyGoneError."""
-    return _look(location, fs, deep=False)
+    header = _look(location, fs, deep=False)
+    if not isinstance(header, ShardHeader):
+        raise CorruptCopyError(f"{location.path} is parity, and no shard.")
+    return header
 
 
-def prove_copy(location: CopyLocation, fs: FileSystem) -> ShardHeader:
-    """Read the whole shard and compare digests. CorruptCopyError, StoreError, CopyGoneError."""
-    return _look(location, fs, deep=True)
+def prove_header(location: CopyLocation, fs: FileSystem) -> None:
+    """Hold the file's header, a shard's or parity's, against its record. Errors as of `prove_copy`."""
+    _look(location, fs, deep=False)
 
 
-def _look(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader:
+def prove_copy(location: CopyLocation, fs: FileSystem) -> None:
+    """Read the whole file, a shard or parity, and compare digests. CorruptCopyError, StoreError, CopyGoneError."""
+    _look(location, fs, deep=True)
+
+
+def _look(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader | ParityHeader:
     before = _seen(location, fs)
     try:
         return _judge(location, fs, deep=deep)
@@ -49,19 +59,30 @@ def _look(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader:
         raise
 
 
-def _judge(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader:
+def _judge(location: CopyLocation, fs: FileSystem, *, deep: bool) -> ShardHeader | ParityHeader:
     path, record = location.path, location.record
     mapped = fs.open_mapping(path)
     try:
         if mapped.nbytes != record.nbytes:
             raise CorruptCopyError(f"{path} has {mapped.nbytes} bytes, its record says {record.nbytes}.")
-        header = read_header(mapped.view, str(path))
-        check_header(header, record, str(path))
+        header = _header(mapped.view, record, str(path))
         if deep and (found := digest_of(mapped.view, algorithm_of(record.digest))) != record.digest:
-            raise CorruptCopyError(f"{path} has digest {found}, its owner computed {record.digest}.")
+            raise CorruptCopyError(
+                f"{path} has digest {found}, its {'maker' if record.cover else 'owner'} computed {record.digest}."
+            )
         return header
     finally:
         mapped.close()
+
+
+def _header(content: memoryview, record: ShardRecord, what: str) -> ShardHeader | ParityHeader:
+    if record.cover is not None:
+        parity = read_parity_header(content, what)
+        check_parity_header(parity, record, what)
+        return parity
+    header = read_header(content, what)
+    check_header(header, record, what)
+    return header
 
 
 def _seen(location: CopyLocation, fs: FileSystem) -> _Seen:

@@ -15,7 +15,8 @@ from typing import Any, cast, get_args
 import xxhash
 
 from resilience.errors import CorruptCopyError, NotAuthenticError
-from resilience.planning.inventory import AttemptLog, Role, SaveId, Tier
+from resilience.planning.erasure import LARGEST_CLIQUE, Code
+from resilience.planning.inventory import AttemptLog, Kept, ParityCover, ParityName, Role, SaveId, Tier
 from resilience.stores.authentication import UNSEALED, Seal
 from resilience.stores.digest import ALGORITHM, STRONG, is_digest
 
@@ -44,7 +45,10 @@ _RECORD, _CERTIFICATE, _ATTEMPT_LOG = "record", "certificate", "attempt log"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One copy of one owner's shard. Written last, by rename: without it the bytes beside it are no checkpoint."""
+    """One copy of one owner's shard. Written last, by rename: without it the bytes beside it are no checkpoint.
+
+    With `cover` it is no copy but parity (role "parity"), made by the rank `owner`.
+    """
 
     run_id: str
     save: SaveId
@@ -57,6 +61,14 @@ class ShardRecord:
     digest: str
     created: float  # Unix seconds; for people, never compared across hosts
     split: bool = False  # parts of what data parallelism replicates lie in the other shards of its group
+    cover: ParityCover | None = None
+
+    @property
+    def kept(self) -> Kept:
+        """What it is the record of, as a name."""
+        if self.cover is None:
+            return self.owner
+        return ParityName(self.cover.members[0], self.cover.members.index(self.owner))
 
 
 def is_name(text: object) -> bool:
@@ -121,6 +133,7 @@ def encode_record(record: ShardRecord, seal: Seal = UNSEALED) -> bytes:
             "digest": record.digest,
             "created": record.created,
             "split": record.split,
+            **_cover_json(record.cover),
         },
         seal,
         _RECORD,
@@ -133,6 +146,7 @@ def decode_record(content: bytes, what: str = "the record", seal: Seal = UNSEALE
     if weakness := seal.weakness(digest):
         raise not_authentic(what, weakness)
     world_size = read.integer("world_size", 1, _MAX_RANKS)
+    cover = read.cover(world_size) if read.fields.get("role") == "parity" else None
     return ShardRecord(
         run_id=read.name("run_id"),
         save=read.save(),
@@ -145,6 +159,7 @@ def decode_record(content: bytes, what: str = "the record", seal: Seal = UNSEALE
         digest=digest,
         created=read.number("created"),
         split=read.boolean("split"),
+        cover=cover,
     )
 
 
@@ -271,6 +286,23 @@ class _Fields:
             self.integer("iteration", 0, 1 << 53), self.integer("generation", 0, 1 << 40), self.attempt("attempt")
         )
 
+    def cover(self, world_size: int) -> ParityCover:
+        """What a parity file covers, held against its size and the rank whose it is."""
+        parities = self.integer("parities", 1, 2)
+        entries = self.fields.get("covers")
+        if not isinstance(entries, list) or not parities < len(entries) <= LARGEST_CLIQUE:
+            raise self.wrong("covers", f"a list of {parities + 1} to {LARGEST_CLIQUE} members")
+        shards = [
+            _Fields(entry if isinstance(entry, dict) else {}, f"{self.what}, covers[{index}]")
+            for index, entry in enumerate(entries)
+        ]
+        members = tuple(shard.integer("owner", 0, world_size - 1) for shard in shards)
+        if list(members) != sorted(set(members)) or self.fields.get("owner") not in members:
+            raise self.wrong("covers", "its members by rising rank, its own rank among them")
+        nbytes = tuple(shard.integer("bytes", 1, 1 << 60) for shard in shards)
+        self.integer("bytes", expected := Code(len(members), parities).file_bytes(max(nbytes)), expected)
+        return ParityCover(parities, members, nbytes, tuple(shard.digest("digest") for shard in shards))
+
     def optional_save(self, key: str) -> SaveId | None:
         value = self.fields.get(key)
         if value is None:
@@ -281,6 +313,16 @@ class _Fields:
         if (value.get("generation"), value.get("attempt")) == (0, ""):  # a folder that another program wrote
             return SaveId(fields.integer("iteration", 0, 1 << 53), 0, "")
         return fields.save()
+
+
+def _cover_json(cover: ParityCover | None) -> dict[str, Any]:
+    if cover is None:
+        return {}
+    entries = zip(cover.members, cover.nbytes, cover.digests, strict=True)
+    return {
+        "parities": cover.parities,
+        "covers": [{"owner": owner, "bytes": nbytes, "digest": digest} for owner, nbytes, digest in entries],
+    }
 
 
 def _save_json(save: SaveId | None) -> dict[str, Any] | None:

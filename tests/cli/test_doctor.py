@@ -77,7 +77,8 @@ def test_without_a_size_there_is_no_budget_and_that_is_said(capsys: Any, config:
     ("checkpoint", "resiliency", "says"),
     [
         ({"save_interval": 0}, {}, "save_interval"),
-        ({}, {"redundancy": "rs"}, "not in this version"),
+        ({}, {"redundancy": "rs"}, "the size of a clique: from 3"),
+        ({}, {"snapshot_mode": "overlapped"}, "not in this version"),
         ({"no_such_field": 1}, {}, "is no setting"),
         ({"save": None, "save_interval": None}, {"run_id": None}, "no name that a restart would know"),
         ({"replication_factor": 3}, {}, "failure domains"),
@@ -94,6 +95,15 @@ def test_what_training_would_refuse_is_an_error(
     assert says in told(document, "error")
     assert told(document, "error").count("failure domains") < 2, "the same is not said twice"
     assert "This would not work" in ask(capsys, *words).out
+
+
+def test_parity_is_told_with_what_it_survives_and_what_it_takes(capsys: Any, config: Any) -> None:
+    words = ("--world-size", 8, "--ranks-per-node", 2, "--state-bytes", 1 << 26)
+    copies = ask_json(capsys, *config({"replication_factor": 3}), *words)
+    parity = ask_json(capsys, *config({"replication_factor": 4}, {"redundancy": "rs"}), *words)
+    assert "parity over cliques of 4: any 2 of the failure domains may be lost" in told(parity, "info")
+    assert any("slots for 2 parity files" in line for line in parity["memory"]["lines"])
+    assert parity["memory"]["total"] < copies["memory"]["total"], "rs over four keeps one shard's worth, not two"
 
 
 def test_a_directory_of_another_run_is_an_error(capsys: Any, config: Any, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ class TestLs:
             "copies": 2,
             "bytes": 0,
             "held_bytes": 0,
+            "rebuildable": 0,
+            "parity": 0,
             "complete": True,
             "abandoned": False,
             "where": ["node0", "node1", "node2", "node3"],

@@ -103,6 +103,21 @@ def test_training_goes_on_where_a_nodes_mount_is_full(save_type: str, tmp_path: 
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("redundancy", ["xor", "rs"])
+def test_nodes_of_one_clique_that_are_lost_are_rebuilt_from_parity(
+    redundancy: str, tmp_path: Path, repository: Path
+) -> None:
+    """`rs`: two at once, each replaced by a spare."""
+    specs = ["lose:node=1@13", "lose:node=2@13"] if redundancy == "rs" else ["lose:node=1@13"]
+    result = drill(
+        tmp_path, repository, *specs, nodes=4, spares=2, redundancy=redundancy, replication_factor=4, train_iters=18
+    )
+    for fault in result.faults:
+        assert fault.resumed_from == {"iteration": 10, "generation": 1, "tier": "local"}
+        assert fault.rebuilt == len(specs)
+
+
+@pytest.mark.long
 def test_nodes_shrink_from_four_to_three_to_two_and_grow_again_while_training_goes_on(
     tmp_path: Path, repository: Path
 ) -> None:

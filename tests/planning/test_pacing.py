@@ -59,7 +59,7 @@ def test_from_any_moment_of_rest_no_more_has_gone_than_the_cap_allows(
 
 
 def test_a_cap_that_cannot_keep_up_is_told_with_its_figures() -> None:
-    assert falls_behind(24 << 20, 1, 4 << 20, every_s=6.0) == ""
-    told = falls_behind(24 << 20, 2, 4 << 20, every_s=6.0)
+    assert falls_behind(24 << 20, 4 << 20, every_s=6.0) == ""
+    told = falls_behind(48 << 20, 4 << 20, every_s=6.0)
     assert "12 s" in told
     assert "6 s apart" in told

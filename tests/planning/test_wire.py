@@ -42,8 +42,9 @@ def several(values: st.SearchStrategy[object]) -> st.SearchStrategy[tuple[object
 
 
 INVENTORIES = st.builds(
-    Inventory, TEXT, several(node_saves()), several(SHARED), several(LOGS), several(SAVES), TEXT, several(TEXT),
-    several(TEXT),
+    Inventory, source=TEXT, node_saves=several(node_saves()), shared_saves=several(SHARED), attempts=several(LOGS),
+    certificates=several(SAVES), unknown=TEXT, notes=several(TEXT), foreign_runs=several(TEXT),
+    unauthentic=st.integers(0, 9),
 )  # fmt: skip
 
 
@@ -52,4 +53,4 @@ def test_inventories_arrive_as_they_were_told(told: list[Inventory]) -> None:
     heard = inventories_from_json(inventories_to_json(told))
     assert heard == told
     for each in heard:
-        assert all(type(getattr(each, field.name)) in (str, tuple) for field in dataclasses.fields(each))
+        assert all(type(getattr(each, field.name)) in (str, tuple, int) for field in dataclasses.fields(each))

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience.errors import CorruptCopyError
-from resilience.planning.inventory import AttemptLog, SaveId
+from resilience.planning.erasure import Code
+from resilience.planning.inventory import AttemptLog, ParityCover, SaveId
 from resilience.stores.digest import SEGMENT_BYTES, SegmentedDigest, digest_of, is_digest, segments
 from resilience.stores.records import (
     ShardRecord,
@@ -41,7 +42,7 @@ def records(draw: st.DrawFn) -> ShardRecord:
         save=draw(SAVES),
         owner=draw(st.integers(0, world_size - 1)),
         world_size=world_size,
-        role=draw(st.sampled_from(["primary", "replica", "parity"])),
+        role=draw(st.sampled_from(["primary", "replica"])),
         tier=draw(st.sampled_from(["in_memory", "local"])),
         node_id=draw(NAMES),
         nbytes=draw(st.integers(1, 1 << 60)),
@@ -49,6 +50,19 @@ def records(draw: st.DrawFn) -> ShardRecord:
         created=draw(st.floats(0, 1e12)),
         split=draw(st.booleans()),
     )
+
+
+@st.composite
+def parity_records(draw: st.DrawFn) -> ShardRecord:
+    record = draw(records())
+    world = max(record.world_size, 4)
+    members = tuple(sorted(draw(st.sets(st.integers(0, world - 1), min_size=3, max_size=8))))
+    nbytes = tuple(draw(st.integers(1, 1 << 50)) for _ in members)
+    cover = ParityCover(
+        draw(st.sampled_from([1, 2])), members, nbytes, tuple(digest_of(bytes([m % 256])) for m in members)
+    )
+    owner, size = draw(st.sampled_from(members)), Code(len(members), cover.parities).file_bytes(max(nbytes))
+    return replace(record, world_size=world, role="parity", owner=owner, nbytes=size, cover=cover)
 
 
 LOGS = st.builds(
@@ -64,7 +78,7 @@ LOGS = st.builds(
 )
 
 
-@given(records())
+@given(records() | parity_records())
 def test_a_record_comes_back_as_it_was(record: ShardRecord) -> None:
     assert decode_record(encode_record(record)) == record
 
@@ -134,6 +148,34 @@ def test_a_sealed_record_whose_fields_make_no_sense_is_refused_by_name(field: st
     fields = unseal_json(encode_record(record_of(b"x", 0, 2)), "it")
     fields.pop("schema_version")
     with pytest.raises(CorruptCopyError, match=f"'{field}'"):
+        decode_record(seal_json({**fields, field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("parities", 0),
+        ("parities", 3),
+        ("bytes", 4096),
+        ("covers", []),
+        ("covers", [7, 7, 7]),
+        ("covers", "none"),
+        ("covers", [{"owner": owner, "bytes": 5, "digest": digest_of(b"")} for owner in (0, 2, 1)]),
+        ("covers", [{"owner": owner, "bytes": 5, "digest": digest_of(b"")} for owner in (0, 0, 1)]),
+        ("covers", [{"owner": owner, "bytes": 5, "digest": digest_of(b"")} for owner in (1, 2, 3)]),
+        ("covers", [{"owner": owner, "bytes": 5, "digest": digest_of(b"")} for owner in (0, 1, 4)]),
+        ("covers", [{"owner": owner, "bytes": 0, "digest": digest_of(b"")} for owner in (0, 1, 2)]),
+        ("covers", [{"owner": owner, "bytes": 5, "digest": "none"} for owner in (0, 1, 2)]),
+        ("covers", [{"owner": owner, "bytes": 5, "digest": digest_of(b"")} for owner in range(200)]),
+    ],
+)
+def test_a_sealed_record_of_parity_that_covers_no_clique_is_refused(field: str, value: Any) -> None:
+    cover = ParityCover(2, (0, 1, 2, 3), (5, 6, 7, 8), (digest_of(b""),) * 4)
+    sound = record_of(bytes(Code(4, 2).file_bytes(8)), 0, 4, role="parity", cover=cover)
+    assert decode_record(encode_record(sound)) == sound
+    fields = unseal_json(encode_record(sound), "it")
+    fields.pop("schema_version")
+    with pytest.raises(CorruptCopyError, match=r"'(parities|covers|bytes|owner|digest)'"):
         decode_record(seal_json({**fields, field: value}))
 
 

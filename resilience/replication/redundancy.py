@@ -1,0 +1,130 @@
+"""What a rank does with its clique for each save, by scheme: replicas are sent and received, or parity is made.
+
+One implementation per scheme behind one protocol, picked once, by name, when the links of an epoch are opened. What
+schemes cost and where they put things is `planning/schemes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+from resilience.errors import PeerLostError
+from resilience.planning.inventory import Kept, ParityCover, ParityName
+from resilience.planning.topology import Topology
+from resilience.replication.clique import CliqueExchange, Offer
+from resilience.replication.communicator import Links
+from resilience.replication.pace import Pace
+from resilience.replication.parity import ParityExchange
+from resilience.snapshot.arena import Arena
+from resilience.stores.digest import digest_of
+from resilience.stores.keeper import ShardKeeper
+from resilience.stores.parity_file import ParityHeader, parity_header
+
+__all__ = ["REDUNDANCIES", "ParityRedundancy", "Redundancy", "ReplicaRedundancy"]
+
+Lacks = Callable[[Kept], bool]
+
+
+class Redundancy(Protocol):
+    """The exchanges of one epoch's clique, in order. Used by the background worker alone."""
+
+    @property
+    def settles_first(self) -> bool:
+        """Whether the owner's copy is to be committed before the exchange, and not when its bytes are on their way."""
+        ...
+
+    def protect(self, offer: Offer, lacks: Lacks, *, split: bool) -> list[str]:
+        """One exchange, and the commit of what this rank keeps of it: why something is missing; nothing: all is there.
+
+        `lacks`: whether this rank is still to have it (after a restart most is there already). Raises
+        ExchangeBrokenError if the link broke: this exchange and the group are over.
+        """
+        ...
+
+    def close(self, *, failed: bool = False) -> None: ...
+
+
+class ReplicaRedundancy:
+    """Whole copies on other nodes."""
+
+    def __init__(self, links: Links, rank: int, topology: Topology, pace: Pace, keeper: ShardKeeper) -> None:
+        algorithm = keeper.store.seal.digest_algorithm
+        self._exchange = CliqueExchange(links, rank, topology.holders[rank], topology.held()[rank], pace, algorithm)
+        self._keeper = keeper
+
+    @property
+    def settles_first(self) -> bool:
+        return self._exchange.capped
+
+    def protect(self, offer: Offer, lacks: Lacks, *, split: bool) -> list[str]:
+        received, reasons = self._exchange.run(offer, self._keeper)
+        problems = [f"rank {owner}: {reason}" for owner, reason in reasons.items() if lacks(owner)]
+        for got in received:
+            if not lacks(got.owner):  # sent for another holder's sake, after a restart
+                self._keeper.discard(got.owner, got.slot, reusable=True)
+                continue
+            try:
+                self._keeper.commit(offer.save, got.owner, got.slot, got.digest, role="replica", split=split)
+            except OSError as error:
+                self._keeper.discard(got.owner, got.slot, reusable=True)
+                problems.append(f"replica of rank {got.owner}: {error}")
+        return problems
+
+    def close(self, *, failed: bool = False) -> None:
+        self._exchange.close(failed=failed)
+
+
+class ParityRedundancy:
+    """Parity over the clique's shards: xor or rs, as the topology says."""
+
+    settles_first = True  # what it covers is announced by digest before a byte goes
+
+    def __init__(self, links: Links, rank: int, topology: Topology, pace: Pace, keeper: ShardKeeper) -> None:
+        members = topology.clique_of(rank)
+        self._exchange = ParityExchange(links, rank, members, topology.parities, pace)
+        self._keeper = keeper
+        self._index = members.index(rank)
+        self._name = ParityName(members[0], self._index)
+        self._world_size = topology.world_size
+
+    def protect(self, offer: Offer, lacks: Lacks, *, split: bool) -> list[str]:
+        landed: list[Arena] = []
+
+        def land(cover: ParityCover, nbytes: int) -> Arena:
+            landed.append(self._keeper.slot(self._name, nbytes))
+            return landed[-1]
+
+        try:
+            made, problems = self._exchange.run(offer, land if lacks(self._name) else None)
+            if made is not None and not problems:
+                self._commit(offer, made.cover, made.slot, split=split)
+                landed.clear()
+        except PeerLostError:
+            raise
+        except OSError as error:
+            problems = [f"parity: {error}"]
+        finally:
+            for slot in landed:  # only we write into it
+                self._keeper.discard(self._name, slot, reusable=True)
+        return problems if lacks(self._name) else []
+
+    def close(self, *, failed: bool = False) -> None:
+        self._exchange.close(failed=failed)
+
+    def _commit(self, offer: Offer, cover: ParityCover, slot: Arena, *, split: bool) -> None:
+        keeper, algorithm = self._keeper, self._keeper.store.seal.digest_algorithm
+        header = ParityHeader(keeper.store.run_id, offer.save, self._index, self._world_size, cover)
+        content = parity_header(header)
+        slot.mapped.view[: len(content)] = content
+        if keeper.holds(offer.save, self._name):  # of another clique, or struck off
+            keeper.give_up(offer.save, self._name)
+        keeper.commit_parity(offer.save, cover, slot, digest_of(slot.mapped.view, algorithm), split=split)
+
+
+#: By the name that `redundancy` gives.
+REDUNDANCIES: Final[Mapping[str, Callable[[Links, int, Topology, Pace, ShardKeeper], Redundancy]]] = {
+    "replica": ReplicaRedundancy,
+    "xor": ParityRedundancy,
+    "rs": ParityRedundancy,
+}
