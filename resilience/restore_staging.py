@@ -18,6 +18,7 @@ import torch
 
 from resilience.config import CheckpointConfig
 from resilience.errors import CorruptCopyError, LayoutMismatchError, NoUsableSaveError, ResilienceError
+from resilience.formats.by_layer import LayeredReader
 from resilience.formats.folder_files import read_train_state
 from resilience.formats.keys import MODEL_PREFIX, stored_key
 from resilience.formats.loader_files import read_loader
@@ -27,6 +28,7 @@ from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_mi
 from resilience.planning.decision import Candidate
 from resilience.replication.communicator import Agreements, SoloAgreements
 from resilience.reports import Resume
+from resilience.restore_foreign import foreign_extra_state, foreign_rng
 from resilience.restore_targets import index_of, staging, stored_like
 from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.live_tensors import cut_as_placed
@@ -101,11 +103,12 @@ class Stager:
         """
         self._bring = bring
         self._verify = verify
-        self._reader = reader
+        self._source = reader
+        self._reader = LayeredReader(reader, {}, ())  # the plan adds the names that are asked for here
         self._chosen = chosen
         self._checkpoint = checkpoint
         self._open_base = open_base
-        self._base: CheckpointReader | None = None
+        self._base: LayeredReader | None = None
         self._rank = rank
         self._peers = peers
         self._fs = fs
@@ -135,7 +138,7 @@ class Stager:
         except PeerFailedError:
             return _not_to_be_called
         finally:
-            for reader in (self._reader, self._base):
+            for reader in (self._source, self._base):
                 if reader is not None:
                     reader.close()
 
@@ -159,6 +162,7 @@ class Stager:
     # -- what is to be loaded -----------------------------------------------------------------------------------------
 
     def _plan(self, state: TrainingState) -> _Wanted:
+        self._reader = LayeredReader(self._source, state.stored_places().bases, state.bases())
         model_alone = self._chosen.weights_only or self._release
         parts = self._parts()
         own = None if model_alone else self._own(state, parts)
@@ -174,8 +178,9 @@ class Stager:
             values, from_live, added = fitted.values, fitted.from_live, fitted.added
         index = cut_as_placed(state, values, index_of(self._reader.index, own, live, state, from_live))
         held = set(map(without_block, index))
-        lacking = added - held
-        from_base = self._look_in_base(lacking, index, live)
+        # an empty extra state that the checkpoint knows nothing of is nothing that is lacking
+        lacking = added - held - state.empty_extra_keys()
+        from_base = self._look_in_base(lacking, index, live, state)
         initial = lacking - from_base
         unexpected = initial - self._adapters(initial, state)
         index |= {key: SavedItem.of(item) for key, item in live.items() if without_block(key) in initial}
@@ -227,9 +232,10 @@ class Stager:
 
     def _without_rank_state(self, state: TrainingState, parts: Sequence[str]) -> tuple[RankState, tuple[str, ...]]:
         """The model, and what everybody may know of the counters. For what this rank alone knew there is nothing."""
-        reader, models = self._reader, [dict[str, Any]() for _ in state.models]
+        reader = self._reader
+        models = foreign_extra_state(reader, state, self._tell)
         if self._chosen.weights_only:
-            return RankState(encode({"model": models})[0], {}), _MODEL_ONLY
+            return _rank_state({"model": models}), _MODEL_ONLY
         if reader.record is not None and not self._release:
             raise CorruptCopyError(f"{reader.folder} holds no state of rank {self._rank}.")
         counters = read_train_state(reader.folder, self._fs)
@@ -237,11 +243,13 @@ class Stager:
         if counters is not None:
             tree["train_state"] = counters
         if not self._release:
+            if "rng" in parts and (rng := foreign_rng(reader, state, self._tell)):
+                tree["rng"] = rng
             found = [*tree, *self._find_loader(state)]
             lost = ", ".join(part for part in parts if part not in found)
             what = f"iteration {self._chosen.save.iteration} in {reader.folder} holds no state of rank {self._rank}"
             self._tell("warning", what=f"{what}: {' and '.join(found)} are loaded, not {lost}", advice="")
-        return RankState(encode(tree)[0], {}), tuple(tree)
+        return _rank_state(tree), tuple(tree)
 
     def _find_loader(self, state: TrainingState) -> tuple[str, ...]:
         """Look for this data-parallel rank's place in the data, as others write it; say why there is none."""
@@ -257,15 +265,16 @@ class Stager:
     # -- keys that differ ---------------------------------------------------------------------------------------------
 
     def _look_in_base(
-        self, lacking: Collection[str], index: dict[str, SavedItem], live: Mapping[str, Item]
+        self, lacking: Collection[str], index: dict[str, SavedItem], live: Mapping[str, Item], state: TrainingState
     ) -> frozenset[str]:
         """What the checkpoint lacks and the pretrained one has; adds it to `index`."""
         if not lacking or self._chosen.weights_only or self._checkpoint.pretrained_checkpoint is None:
             return frozenset()
         with _of_base():
-            self._base = self._open_base()
-        if self._base is None:
+            base = self._open_base()
+        if base is None:
             return frozenset()
+        self._base = LayeredReader(base, state.stored_places().bases, state.bases())
         found = frozenset(lacking) & self._base.index.keys()
         for key in found:
             blocks = blocks_of(key, live)
@@ -309,10 +318,12 @@ class Stager:
         return difference
 
     def _asked(self, wanted: _Wanted | None) -> bytes:
-        """A bit for each tensor of the checkpoint, by name: whether this rank asks for it. Empty without a plan."""
+        """A bit for each tensor of the checkpoint (layer by layer, where they lie in one), by name: whether this rank
+        asks for it. Empty without a plan."""
         if wanted is None:
             return b""
-        asked = [key in wanted.asked for key in sorted(self._reader.index)]
+        mine = self._reader.units_asked(wanted.asked)
+        asked = [unit in mine for unit in self._reader.units()]
         return b"\1" + np.packbits(np.array(asked, bool)).tobytes()
 
     def _missing(self, wanted: _Wanted, told: Sequence[bytes]) -> frozenset[str]:
@@ -322,8 +333,8 @@ class Stager:
         if len(set(map(len, told))) > 1:
             raise CorruptCopyError(f"{self._reader.folder} was read with other tensors on other ranks.")
         asked = np.bitwise_or.reduce([np.unpackbits(np.frombuffer(each, np.uint8)[1:]) for each in told])
-        stored = sorted(self._reader.index)
-        return frozenset(key for at, key in enumerate(stored) if not asked[at] and _part_of(key) in wanted.parts)
+        unasked = {unit for at, unit in enumerate(self._reader.units()) if not asked[at]}
+        return frozenset(key for key in self._reader.paths_of(unasked) if _part_of(key) in wanted.parts)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -394,6 +405,11 @@ def _of_base() -> Iterator[None]:
         yield
     except (CorruptCopyError, OSError) as error:
         raise NoUsableSaveError(f"pretrained_checkpoint cannot be used: {error}") from error
+
+
+def _rank_state(tree: dict[str, Any]) -> RankState:
+    values, tensors = encode(tree)
+    return RankState(values, dict(tensors))
 
 
 def _not_to_be_called() -> Resume:

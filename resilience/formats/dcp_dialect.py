@@ -28,9 +28,11 @@ class Dialect:
 
     `stored_key`: the key of a tree path. `beside`: what rank 0 stores for other programs; called there alone.
     `nested_path`: the place of a tensor in the nested dictionary that plain DCP gives back; None: there are keys only.
+    `keeps_objects`: each rank's `RankShare.objects` are stored under their keys.
     """
 
     backend: Backend
     stored_key: Callable[[str], str]
     beside: Callable[[RankShare, SaveMeta], Beside] = nothing_beside
     nested_path: Callable[[str], NestedPath] | None = None
+    keeps_objects: bool = False

@@ -1,18 +1,20 @@
 """What a rank gives to a persistent checkpoint beside its tensors, for other programs and other layouts to find.
 
 The place in the data goes into a file per data-parallel rank; the tokenizer's files and what of the values is plain
-(scheduler, hyperparameters) come from rank 0.
+(scheduler, hyperparameters) come from rank 0; what Megatron stores as objects, from the ranks that have them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from resilience.formats.loader_files import encode_loader, loader_file
+from resilience.formats.megatron_objects import extra_states, megatron_rng
+from resilience.formats.torch_archive import as_own_storage
 from resilience.state.plain import plain_parts
 
 __all__ = ["Extras", "extras_of"]
@@ -22,10 +24,11 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True)
 class Extras:
-    """`files` by name relative to the checkpoint's folder; `common`: entries of `common.pt`."""
+    """`files` by name relative to the checkpoint's folder; `common`: entries of `common.pt`; `objects` by key."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
 
 def extras_of(
@@ -34,20 +37,33 @@ def extras_of(
     *,
     loader_rank: int | None,
     leads: bool,
+    rng: str | None = None,
+    extra_state: Sequence[Mapping[str, str]] = (),
     tokenizer: Callable[[], Mapping[str, bytes]],
 ) -> Extras:
     """What this rank gives, from the values of its save.
 
     `loader_rank`: the data-parallel rank whose loader's state this rank writes (None: another does). `leads`: rank 0.
-    `tokenizer`: its files by name; called by rank 0 alone.
+    `rng`: the key of the random state that this rank writes for Megatron (None: another does). `extra_state`: of each
+    model, the entries that this rank writes as objects, and their keys. `tokenizer`: its files by name; called by rank
+    0 alone.
     """
     files: dict[str, bytes] = {}
     if loader_rank is not None:
         loader = plain_parts(values, ("dataloader",), tensor_of).get("dataloader")
         if loader is not None:
             files[loader_file(loader_rank)] = encode_loader(_for_others(loader))
+
+    def own_tensor_of(key: str) -> torch.Tensor | None:
+        found = tensor_of(key)
+        return None if found is None else as_own_storage(found)
+
+    objects = extra_states(values, own_tensor_of, extra_state)
+    state = megatron_rng(values, own_tensor_of) if rng is not None else {}
+    if rng is not None and state:
+        objects[rng] = [state]
     if not leads:
-        return Extras(files)
+        return Extras(files, objects=objects)
     files |= {f"{TOKENIZER}/{name}": content for name, content in tokenizer().items()}
     parts = plain_parts(values, ("scheduler", "optimizer"), tensor_of)
     common: dict[str, Any] = {}
@@ -56,7 +72,7 @@ def extras_of(
     groups = [each["param_groups"] for each in parts.get("optimizer", ()) if "param_groups" in each]
     if groups:
         common["optimizer"] = {"param_groups": groups[0]} if len(groups) == 1 else [{"param_groups": g} for g in groups]
-    return Extras(files, common)
+    return Extras(files, common, objects)
 
 
 def _for_others(loader: Mapping[str, Any]) -> Any:

@@ -21,8 +21,8 @@ from resilience.formats.dcp_dialect import Beside, Dialect
 from resilience.formats.folder_files import Backend, common_state
 from resilience.formats.fsdp_dtensor import NAME
 from resilience.formats.fsdp_dtensor_keys import nested_path, stored_key
+from resilience.formats.megatron_objects import megatron_rng
 from resilience.formats.protocol import RankShare, SaveMeta
-from resilience.state.plain import plain_parts
 
 __all__ = ["COMMON_OBJECT", "FSDP_DTENSOR"]
 
@@ -59,19 +59,8 @@ def _by_parameter(groups: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
 
 
 def _rng(share: RankShare) -> dict[str, Any]:
-    """In the names and forms of Megatron; nothing where the save left random state out."""
     whole = {chunk.key: chunk.tensor for chunk in share.chunks if chunk.key.startswith("rng/")}
-    if not share.values:
-        return {}
-    rng = plain_parts(share.values, ("rng",), whole.get).get("rng")
-    if not rng:
-        return {}
-    numpy = rng["numpy"]
-    if numpy["bit_generator"] == "MT19937":
-        state = numpy["state"]
-        numpy = ("MT19937", state["key"].numpy(), state["pos"], numpy["has_gauss"], numpy["gauss"])
-    found = {"random_rng_state": rng["python"], "np_rng_state": numpy, "torch_rng_state": rng["torch"]}
-    return found | ({"cuda_rng_state": rng["cuda"][0]} if rng["cuda"] else {})
+    return megatron_rng(share.values, whole.get)
 
 
 FSDP_DTENSOR = Dialect(Backend(NAME, marked=False), stored_key, _beside, nested_path)

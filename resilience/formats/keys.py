@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["MODEL_PREFIX", "OPTIMIZER_PREFIX", "rank_key", "rank_of", "stored_key", "tree_key"]
+__all__ = ["MODEL_PREFIX", "OPTIMIZER_PREFIX", "OWN_PREFIX", "rank_key", "rank_of", "stored_key", "tree_key"]
 
 MODEL_PREFIX = "model/"
 OPTIMIZER_PREFIX = "optimizer/"
-_OTHER = "resilience/"
+OWN_PREFIX = "resilience/"
 _CHUNK = re.compile(r"model_chunk_([1-9]\d{0,5})\.(.+)", re.DOTALL)
 _OPTIMIZER = re.compile(r"optimizer(?:_([1-9]\d{0,5}))?\.state\.([^.]+)\.(.+)", re.DOTALL)
 _RANK = re.compile(r"resilience/shard_(\d{1,7})_(\d{1,7})")
@@ -29,13 +29,13 @@ _RANK = re.compile(r"resilience/shard_(\d{1,7})_(\d{1,7})")
 def stored_key(path: str) -> str:
     """The key of a tree path."""
     friendly = _friendly(path.split("/"))
-    return friendly if friendly and tree_key(friendly) == path else _OTHER + path
+    return friendly if friendly and tree_key(friendly) == path else OWN_PREFIX + path
 
 
 def tree_key(key: str) -> str:
     """The tree path of a key; keys of other programs are taken for the model's."""
-    if key.startswith(_OTHER):
-        return key.removeprefix(_OTHER)
+    if key.startswith(OWN_PREFIX):
+        return key.removeprefix(OWN_PREFIX)
     if match := _OPTIMIZER.fullmatch(key):
         return f"optimizer/{match[1] or 0}/state/{_escape(match[3])}/{_escape(match[2])}"
     if match := _CHUNK.fullmatch(key):
@@ -45,7 +45,7 @@ def tree_key(key: str) -> str:
 
 def rank_key(rank: int, world_size: int) -> str:
     """The object that holds what `rank` has alone."""
-    return f"{_OTHER}shard_{rank}_{world_size}"
+    return f"{OWN_PREFIX}shard_{rank}_{world_size}"
 
 
 def rank_of(key: str) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ Importing this file needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,7 +64,8 @@ class RankShare:
     `values`: the JSON of its state's tree; without any, the rank has nothing of its own and gets no object. `aliases`:
     tree path → the earlier path that has the same tensor. `files`: its files besides the tensors, by name relative to
     the folder (`dataloader_state/train_dataloader_dprank000.pt`). `common`: entries of `common.pt`, tensors and plain
-    values only; rank 0's count.
+    values only; rank 0's count. `objects`: what other programs look for under keys of their own
+    (`rng_state/shard_0_1`), each given by one rank; formats that have no such objects leave them out.
     """
 
     chunks: Sequence[Chunk]
@@ -72,6 +73,7 @@ class RankShare:
     aliases: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,20 @@ class StateReader(Protocol):
         """Every global tensor by tree path. A model's tensor that differs per rank is here as the lowest rank's."""
         ...
 
+    @property
+    def common(self) -> Mapping[str, Any]:
+        """What is not sharded: `common.pt` or the object `common_state`; nothing in shards."""
+        ...
+
+    @property
+    def objects(self) -> Collection[str]:
+        """Keys of what is stored beside tensors for other programs, or by them (`rng_state/shard_0.1_1.2`)."""
+        ...
+
+    def read_object(self, key: str) -> Any:
+        """One of them; CorruptCopyError if it is more than tensors, numpy arrays of numbers and plain values."""
+        ...
+
     def rank_state(self, rank: int) -> RankState | None:
         """What `rank` of the saving world stored for itself alone; None if this checkpoint has nothing for it."""
         ...
@@ -209,11 +225,6 @@ class CheckpointReader(StateReader, Protocol):
     @property
     def aliases(self) -> Mapping[str, str]:
         """Of tensors in the index that have the same bytes (tied weights): path → the one path that is no alias."""
-        ...
-
-    @property
-    def common(self) -> Mapping[str, Any]:
-        """What is not sharded: `common.pt` or the object `common_state`."""
         ...
 
     def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:

@@ -25,6 +25,7 @@ from resilience.snapshot.equality import Across
 from resilience.snapshot.layout import Layout, Piece
 from resilience.state.reconcile import without_entries, without_parts
 from resilience.state.sharding import without_block
+from resilience.state.stored_place import StoredPlaces
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_store import SharedStore
 
@@ -71,6 +72,7 @@ class DrainJob:
     fully_parallel: bool = True  # the group shares the writing of what it shares; else the first one writes it
     across: Across = field(default_factory=Across)  # what other data-parallel groups have too
     group_number: int = 0  # of this rank's data-parallel group
+    places: StoredPlaces = field(default_factory=lambda: StoredPlaces({}))  # keys that the model itself names
 
 
 class SharedSaver:
@@ -143,7 +145,9 @@ def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
 
     extras = job.make_extras(values, tensor_of, target.tokenizer)
     chunks = chunks_of(arena, arena.layout, job, leave_out=target.leave_out, skip=skip)
-    return RankShare(chunks, values, aliases, extras.files, extras.common)
+    if job.places:
+        chunks, aliases = under_stored_keys(chunks, aliases, job.places)
+    return RankShare(chunks, values, aliases, extras.files, extras.common, extras.objects)
 
 
 def chunks_of(
@@ -163,6 +167,37 @@ def chunks_of(
             continue
         chunks.append(Chunk(key, arena.views[position], piece.global_shape, piece.offsets, not piece.shared))
     return chunks + _rows(arena, layout, whole, job)
+
+
+def under_stored_keys(
+    chunks: Sequence[Chunk], aliases: Mapping[str, str], places: StoredPlaces
+) -> tuple[list[Chunk], dict[str, str]]:
+    """The same under the keys that the model names: one of several layers becomes a part of what all of them make up.
+
+    A second name of a tensor that lies in such a stack is a part of its own there; the others stay second names.
+    """
+    stored = [_stored(chunk, places) for chunk in chunks]
+    left: dict[str, str] = {}
+    for alias, root in aliases.items():
+        found = [places.bases.get(path) for path in (alias, root)]
+        if any(place is not None and place.index for place in found):
+            stored += [_stored(replace(chunk, key=alias), places) for chunk in chunks if chunk.key == root]
+        else:
+            first, second = (place.path if place else path for place, path in zip(found, (alias, root), strict=True))
+            left[first] = second
+    return stored, left
+
+
+def _stored(chunk: Chunk, places: StoredPlaces) -> Chunk:
+    place = places.of(chunk.key, tuple(chunk.global_shape))
+    whole = chunk.sizes == tuple(chunk.global_shape)
+    if place is None or (chunk.per_rank and whole and not place.index):
+        return chunk  # a rank's own is found by the name that its values have for it
+    tensor = chunk.tensor
+    for _ in place.index:
+        tensor = tensor.unsqueeze(0)
+    shape, offsets = (*place.counts, *chunk.global_shape), (*place.index, *chunk.offsets)
+    return replace(chunk, key=place.path, tensor=tensor, global_shape=shape, offsets=offsets)
 
 
 def _in_common(job: DrainJob, target: DrainTarget) -> Iterator[tuple[Piece, torch.Tensor]]:

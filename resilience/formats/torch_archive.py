@@ -9,6 +9,7 @@ import io
 import sys
 import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import IO, Any, cast
 
 import numpy as np
@@ -20,6 +21,14 @@ __all__ = ["aligned", "archive_of", "as_own_storage", "read_archive", "saved_byt
 
 _STORAGES = "/data/"  # in the name of each entry that holds a tensor's bytes
 _BYTE_ORDER = "/byteorder"
+#: What the pickle of an array of numbers names, by whichever name its numpy had it. An array of objects needs no more
+#: than these either: what lies in it has to be admitted like all else.
+_ARRAYS: list[Any] = [
+    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")),
+]
 
 
 def as_own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,14 +61,16 @@ def saved_bytes(stored: Any) -> bytes:
     return buffer.getvalue()
 
 
-def read_archive(content: memoryview, what: str) -> Any:
+def read_archive(content: memoryview, what: str, *, arrays: bool = False) -> Any:
     """What was saved, tensors on the CPU. Nothing but tensors and plain values is admitted: CorruptCopyError.
 
-    Nor is anything that would need more memory than it has bytes: no entry may be compressed.
+    Nor is anything that would need more memory than it has bytes: no entry may be compressed. `arrays`: numpy arrays of
+    numbers are admitted too (Megatron's random state has one).
     """
     try:
         _checked_entries(content)
-        return torch.load(cast(IO[bytes], _ViewReader(content)), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_ARRAYS) if arrays else nullcontext():
+            return torch.load(cast(IO[bytes], _ViewReader(content)), map_location="cpu", weights_only=True)
     except Exception as error:
         raise _refused(what, error) from error
 

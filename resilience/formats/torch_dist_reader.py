@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from resilience.errors import CorruptCopyError, LayoutMismatchError, MissingKeysError
 from resilience.formats.dcp_metadata import METADATA, DcpIndex, Extent, StoredChunk, StoredRegion, read_metadata
 from resilience.formats.directory import COMMON, MARKER, FolderFiles, verify_files
-from resilience.formats.keys import rank_of, tree_key
+from resilience.formats.keys import OWN_PREFIX, rank_of, tree_key
 from resilience.formats.protocol import RankState, StoredTensor, Target
 from resilience.formats.rank_object import rank_state_of
 from resilience.formats.region import MAPPED_BYTES, narrow, row_steps, rows
@@ -77,6 +77,13 @@ class TorchDistReader:
             raise CorruptCopyError(f"The common state in {self.folder} is no dictionary.")
         return common
 
+    @cached_property
+    def objects(self) -> frozenset[str]:
+        return frozenset(key for key in self._stored.objects if not key.startswith(OWN_PREFIX)) - {COMMON_STATE}
+
+    def read_object(self, key: str) -> Any:
+        return self._object(key, arrays=True)
+
     def rank_state(self, rank: int) -> RankState | None:
         key = self._rank_keys.get(rank)
         if key is None:
@@ -128,12 +135,13 @@ class TorchDistReader:
         world_size = self.record.world_size if self.record else max((world for _, world in found.values()), default=0)
         return {rank: key for key, (rank, world) in found.items() if world == world_size and rank < world}
 
-    def _stored_object(self, key: str) -> Any:
+    def _stored_object(self, key: str, *, arrays: bool = False) -> Any:
         extent = self._stored.objects[key]
-        return read_archive(self._files.part(extent.file, extent.start, extent.nbytes), f"{key} in {self.folder}")
+        content = self._files.part(extent.file, extent.start, extent.nbytes)
+        return read_archive(content, f"{key} in {self.folder}", arrays=arrays)
 
-    def _object(self, key: str) -> Any:
-        stored = self._stored_object(key)
+    def _object(self, key: str, *, arrays: bool = False) -> Any:
+        stored = self._stored_object(key, arrays=arrays)
         if not isinstance(stored, list) or len(stored) != 1:
             raise CorruptCopyError(f"{key} in {self.folder} is no list of one object.")
         return stored[0]

@@ -38,7 +38,7 @@ from resilience.stores.filesystem import FileSystem
 
 __all__ = ["TORCH_DIST", "write_checkpoint"]
 
-TORCH_DIST = Dialect(Backend("torch_dist"), stored_key)
+TORCH_DIST = Dialect(Backend("torch_dist"), stored_key, keeps_objects=True)
 
 
 def write_checkpoint(
@@ -113,6 +113,7 @@ class _RankFile:
         self._beside = beside
         self._share = share
         self._stored_key = dialect.stored_key
+        self._keeps_objects = dialect.keeps_objects
         self._nbytes = 0
         self._digest = hashlib.sha256()
         self._tensors: list[WrittenTensor] = []
@@ -130,6 +131,8 @@ class _RankFile:
     def _pieces(self) -> Iterator[memoryview]:
         if self._share.values:
             yield from self._object(self._own_key, own_object(self._alone, self._share))
+        for key, stored in self._share.objects.items() if self._keeps_objects else ():
+            yield from self._object(key, [memoryview(saved_bytes([stored]))])
         made: dict[int, bytes] = {}  # a hyperparameter is one object, stored for each of a group's parameters
         for path, stored in self._beside.items():
             if isinstance(stored, torch.Tensor):

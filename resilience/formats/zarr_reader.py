@@ -70,6 +70,13 @@ class ZarrReader:
             raise CorruptCopyError(f"The common state in {self.folder} is no dictionary.")
         return common
 
+    @property
+    def objects(self) -> tuple[str, ...]:
+        return ()
+
+    def read_object(self, key: str) -> Any:
+        raise MissingKeysError(f"{self.folder} has no object {key}: the format zarr keeps none for other programs.")
+
     def rank_state(self, rank: int) -> RankState | None:
         name = self._rank_files.get(rank)
         if name is None:

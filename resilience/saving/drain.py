@@ -11,6 +11,7 @@ from resilience.assembly import Start
 from resilience.config import CheckpointConfig
 from resilience.errors import EvictedError, ResilienceError, StoreError
 from resilience.formats.extras import Extras, extras_of
+from resilience.formats.megatron_objects import rng_key, writes_rng
 from resilience.formats.protocol import SaveMeta
 from resilience.formats.saver import DrainJob, DrainTarget, SharedSaver
 from resilience.job_facts import content_metadata
@@ -101,6 +102,7 @@ class Drain:
             tuple(self._targets(save, wish, log, keep_persistent)), self._extras, problem,
             snapshot.job.split if snapshot else True, members.index(job.rank), len(members),
             self._checkpoint.fully_parallel_save, snapshot.across if snapshot else Across(), members[0],
+            self._state.stored_places(),
         )  # fmt: skip
 
     def _targets(self, save: SaveId, wish: Wish, log: AttemptLog, keep_persistent: int | None) -> Iterator[DrainTarget]:
@@ -130,6 +132,7 @@ class Drain:
         writes_loader = (place.pp_rank, place.tp_rank, place.cp_rank) == (0, 0, 0)
         return extras_of(
             values, tensor_of, loader_rank=place.dp_rank if writes_loader else None, leads=job.rank == 0,
+            rng=rng_key(place) if writes_rng(place) else None, extra_state=self._state.extra_state_keys(),
             tokenizer=self._tokenizer_files if tokenizer else dict,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from resilience.state.flat_sharding import FlatSharding
 from resilience.state.sharding import Shardings, block_key, may_be_cut
 from resilience.state.tensors import is_dtensor, local_part, placement_names
 
+EXTRA_STATE = "_extra_state"
 _ORIGIN = (0,) * 64  # no tensor of torch's has more dimensions
 _UNSAID = Shardings((), ())
 
@@ -99,7 +100,8 @@ def items_of(
         else:
             whole = tuple(local.shape)
             parts, sharded = [(key, local, _ORIGIN[: len(whole)])], False
-        replicated = not sharded and may_be_cut(key)
+        # a module's extra state is told by each rank for itself, and looked for by others as one whole
+        replicated = not sharded and may_be_cut(key) and not key.endswith(EXTRA_STATE)
         for name, part, offsets in parts:
             first = _first_with(first_with, name, part, whole, offsets)
             items.append(Item(name, part, whole, offsets, replicated, None if first is name else first))

@@ -2,7 +2,7 @@
 
 State is what `state_dict()` says: parameters, persistent buffers, and what hooks and `get_extra_state` add. Wrappers
 (DistributedDataParallel, torch.compile, activation checkpointing) leave no trace in the names, so that a run may be
-resumed with or without them.
+resumed with or without them. A Megatron Core model's entries have names that are good for the whole model.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from resilience.errors import ConfigError, UnsupportedStateError
+from resilience.state.megatron_model import megatron_places
 from resilience.state.tensors import local_part
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+#: Megatron Core's own, which its models are trained in; its FSDP is none of them.
+_MEGATRON_WRAPPERS = {"DistributedDataParallel", "Float16Module"}
 
 
 class ModelState:
@@ -38,27 +41,28 @@ class ModelState:
                 )
         self.position = position
         self.module = unwrapped(model)
+        self.places = megatron_places(self.module, f"model/{position}")
 
     def collect(self) -> dict[str, Any]:
         """The entries of the state dict by clean name; tensors are live."""
         entries = self.module.state_dict()
-        return {name: entries[raw] for name, raw in _clean_names(list(entries)).items()}
+        return {name: entries[raw] for name, raw in self._names(list(entries)).items()}
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Each parameter once, by clean name."""
         named = dict(self.module.named_parameters())
-        for name, raw in _clean_names(list(named)).items():
+        for name, raw in self._names(list(named)).items():
             yield name, named[raw]
 
     def buffers(self) -> Iterator[str]:
         """The buffers by clean name."""
-        yield from _clean_names([name for name, _ in self.module.named_buffers()])
+        yield from self._names([name for name, _ in self.module.named_buffers()])
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The live parameters and buffers under every clean name that the state dict has them by."""
         named: dict[str, torch.Tensor] = dict(self.module.named_buffers(remove_duplicate=False))
         named.update(self.module.named_parameters(remove_duplicate=False))
-        for name, raw in _clean_names(list(named)).items():
+        for name, raw in self._names(list(named)).items():
             yield name, named[raw]
 
     def storages(self) -> set[Hashable]:
@@ -74,10 +78,16 @@ class ModelState:
         if not made:
             return
         entries = self.module.state_dict()
-        for name, raw in _clean_names(list(entries)).items():
+        for name, raw in self._names(list(entries)).items():
             if name in made:
                 entries[raw] = made[name]
         self.module.load_state_dict(entries, strict=False)
+
+    def _names(self, raw_names: list[str]) -> dict[str, str]:
+        """Clean name → name in the module. Names that only their wrappers tell apart keep them."""
+        said = self.places.names
+        clean = {said.get(raw) or _clean(raw): raw for raw in raw_names}
+        return clean if len(clean) == len(raw_names) else {raw: raw for raw in raw_names}
 
     @property
     def devices(self) -> set[torch.device]:
@@ -86,13 +96,15 @@ class ModelState:
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile, in whatever order they are."""
+    """The module inside DistributedDataParallel, DataParallel, torch.compile and Megatron's wrappers, in any order."""
     inner: Any = module
     while True:
         if isinstance(inner, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
             inner = inner.module
         elif type(inner).__name__ == "OptimizedModule":
             inner = inner._orig_mod
+        elif type(inner).__name__ in _MEGATRON_WRAPPERS and type(inner).__module__.startswith("megatron.core."):
+            inner = inner.module
         else:
             return inner  # type: ignore[no-any-return]
 
@@ -101,12 +113,6 @@ def storage_of(tensor: torch.Tensor) -> Hashable:
     """Equal for two tensors that are the same elements in memory."""
     local = local_part(tensor)
     return (local.data_ptr(), local.device, local.dtype, tuple(local.shape), local.stride())
-
-
-def _clean_names(raw_names: list[str]) -> dict[str, str]:
-    """Clean name → name in the module. Names that only their wrappers tell apart keep them."""
-    clean = {_clean(raw): raw for raw in raw_names}
-    return clean if len(clean) == len(raw_names) else {raw: raw for raw in raw_names}
 
 
 def _clean(raw: str) -> str:

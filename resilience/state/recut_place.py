@@ -37,13 +37,23 @@ def recut_rng(taken: Taken, state: TrainingState, found: Found, iteration: int) 
     """
     derived = _derived(taken, state, found[0], iteration)
     exact = {name: _known(taken, [(rank, its.get(name)) for rank, its in found]) for name in derived}
+    exact |= _apart(taken, found)
     new = [name for name, its in exact.items() if its is None]
     if new:
         taken.notes.append(
             f"random numbers ({', '.join(new)}): not those of an undisturbed run; each rank's generators were set from "
             f"the saved state of rank {found[0][0].rank}, iteration {iteration} and what they were seeded with here"
         )
-    return {name: derived[name] if its is None else taken.take(*its) for name, its in exact.items()}
+    return {name: derived.get(name) if its is None else taken.take(*its) for name, its in exact.items()}
+
+
+def _apart(taken: Taken, found: Found) -> dict[str, tuple[SavedRank, Any]]:
+    """What Megatron Core keeps apart, where it is known whose it is; else it stays as it is here, and that is said."""
+    kept = [(rank, its["megatron"]) for rank, its in found if its.get("megatron")]
+    known = _known(taken, kept) if kept else None
+    if kept and known is None:
+        taken.notes.append("random numbers that Megatron Core keeps apart: as they were seeded here, not the save's")
+    return {} if known is None else {"megatron": known}
 
 
 def _known(taken: Taken, found: Found) -> tuple[SavedRank, Any] | None:

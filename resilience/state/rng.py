@@ -1,6 +1,7 @@
 """Which random number generators belong to a rank's state, how they are read and how they are put back.
 
-Python's `random`, NumPy's global generator, torch's CPU generator and those of the CUDA devices this process works on.
+Python's `random`, NumPy's global generator, torch's CPU generator and those of the CUDA devices this process works on;
+and the states that Megatron Core keeps apart, where a program uses them.
 Generators that a program makes for itself (`torch.Generator()`, `np.random.default_rng()`) are its own: give them as
 `extra_state`; a data loader's are kept with the loader.
 """
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from resilience.state.megatron_rng import set_tracker_states, tracker_states
 
 HostState = dict[str, Any]
 
@@ -39,7 +42,9 @@ def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
 
     Only devices that this process works on: asking for the others would create a context, and take memory, on each.
     """
-    return {**capture_host(), "cuda": [torch.cuda.get_rng_state(index) for index in cuda_indices(devices)]}
+    state = {**capture_host(), "cuda": [torch.cuda.get_rng_state(index) for index in cuda_indices(devices)]}
+    apart = tracker_states()
+    return {**state, "megatron": apart} if apart else state
 
 
 def restore(state: dict[str, Any], devices: Iterable[torch.device] = ()) -> None:
@@ -47,6 +52,7 @@ def restore(state: dict[str, Any], devices: Iterable[torch.device] = ()) -> None
     restore_host(state)
     for index, saved in zip(cuda_indices(devices), state["cuda"], strict=True):
         torch.cuda.set_rng_state(saved.cpu(), index)
+    set_tracker_states(state.get("megatron", {}))
 
 
 def cuda_indices(devices: Iterable[torch.device]) -> list[int]:

@@ -21,7 +21,7 @@ from resilience.state.tensors import is_dtensor
 if TYPE_CHECKING:
     from resilience.state.flat_sharding import FlatSharding
 
-__all__ = ["Block", "Sharding", "Shardings", "block_key", "shard", "shard_at", "sharding_of", "without_block"]
+__all__ = ["Block", "Sharding", "Shardings", "block_key", "say", "shard", "shard_at", "sharding_of", "without_block"]
 
 _SEPARATOR = "/~["  # no path has it: `~` is escaped as `~0` in every name
 
@@ -101,6 +101,11 @@ def shard_at(tensor: TensorT, *, global_shape: Sequence[int], offsets: Sequence[
         raise ConfigError(f"a tensor of shape {list(shape)} does not lie at {list(place)} of {list(whole)}.")
     _said[tensor] = Sharding(shape, whole, 0, (Block(0, shape[0] if shape else 1, place),))
     return tensor
+
+
+def say(tensor: torch.Tensor, sharding: Sharding) -> None:
+    """Say it of a tensor whose place is known already: a model's own description of it."""
+    _said[tensor] = sharding
 
 
 def sharding_of(tensor: torch.Tensor) -> Sharding | None:

@@ -20,12 +20,13 @@ from resilience.state import rng
 from resilience.state.dataloader import LoaderCursor
 from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.flat_sharding import FlatSharding
-from resilience.state.items import Collected, Place, SavedItem, items_of
+from resilience.state.items import EXTRA_STATE, Collected, Place, SavedItem, items_of
 from resilience.state.load_plan import LoadPlan
 from resilience.state.model_state import ModelState
 from resilience.state.optimizer_state import optimizer_state
 from resilience.state.parallel_layout import ParallelLayout
-from resilience.state.sharding import Shardings
+from resilience.state.sharding import Shardings, sharding_of
+from resilience.state.stored_place import StoredPlaces
 from resilience.state.train_state import TrainState
 from resilience.state.tree import encode, path_component
 
@@ -150,6 +151,42 @@ class TrainingState:
         for optimizer in self.optimizers:
             for name, parameter in optimizer.parameters().items():
                 yield f"optimizer/{optimizer.position}/state/{path_component(name)}", parameter
+
+    def stored_places(self) -> StoredPlaces:
+        """Where checkpoints have what a model has a key of its own for (Megatron Core's)."""
+        models = {}
+        for model in self.models:
+            for name, tensor in model.tensors() if model.places.tensors else ():
+                said = sharding_of(tensor) if name in model.places.tensors else None
+                if said is not None:
+                    key = f"model/{model.position}/{path_component(name)}"
+                    models[key] = (model.places.tensors[name], said.global_shape)
+        if not models:
+            return StoredPlaces({})
+        names = ((each, name) for each in self.optimizers for name in each.parameters())
+        return StoredPlaces(
+            models,
+            ((f"optimizer/{o.position}/state/{path_component(name)}", self.model_key(name)) for o, name in names),
+        )
+
+    def extra_state_keys(self) -> list[dict[str, str]]:
+        """Of each model, the entries that this rank stores as objects of Megatron Core's, and their keys."""
+        return [
+            {name: place.key for name, place in model.places.objects.items() if place.writes} for model in self.models
+        ]
+
+    def bases(self) -> list[str]:
+        """The paths of the models' tensors, and what those of each parameter's optimizer state begin with."""
+        return [path for path, _ in (*self._named_tensors(), *self.state_prefixes())]
+
+    def empty_extra_keys(self) -> set[str]:
+        """The keys of extra state that is None: Megatron Core's layers have such entries, for Transformer Engine."""
+        return {
+            f"model/{model.position}/{path_component(name)}"
+            for model in self.models
+            for name, value in model.collect().items()
+            if value is None and name.endswith(EXTRA_STATE)
+        }
 
     def _slices(self) -> Iterator[tuple[str, FlatSharding]]:
         for optimizer in self.optimizers:

@@ -155,7 +155,7 @@ def test_an_adapter_checkpoint_holds_the_trained_part_alone_and_the_base_comes_f
     import torch.distributed.checkpoint as dcp
 
     keys = dcp.FileSystemReader(root / "iter_0000003").read_metadata().state_dict_metadata
-    assert [key for key in keys if not key.startswith(("optimizer.", "resilience/"))] == ["lora.weight"]
+    assert [key for key in keys if not key.startswith(("optimizer.", "resilience/", "rng_state/"))] == ["lora.weight"]
     second = Job(root, seed=2, make=adapted, options=options, resiliency=only).run()
     assert second.step == 3
     assert equal(second.loaded, first.model.state_dict())
