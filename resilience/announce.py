@@ -38,7 +38,7 @@ def announce_start(
         for p in resume.passed_over
     ]
     for note in resume.notes if job.rank == 0 else ():
-        tell("warning", what=f"another layout: {note}", advice="")
+        tell("warning", what=f"resumed, but not all as it was: {note}", advice="")
     first = job.rank == 0  # the counts are of the whole job: said once, so that they can be summed
     tell(
         "resume",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from resilience.formats.optimizer_common import FULLY_RESHARDABLE
 from resilience.planning.format_fit import JobFacts
 from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.tensors import is_dtensor
@@ -36,7 +37,7 @@ def content_metadata(state: TrainingState, *, mem_efficient: bool) -> dict[str, 
     if not any(isinstance(optimizer, DistributedOptimizerState) for optimizer in state.optimizers):
         return {}
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": FULLY_RESHARDABLE,
         "distrib_optim_fully_reshardable_mem_efficient": mem_efficient,
     }
 

@@ -29,7 +29,8 @@ from resilience.planning.decision import Candidate
 from resilience.replication.communicator import Agreements, SoloAgreements
 from resilience.reports import Resume
 from resilience.restore_foreign import foreign_extra_state, foreign_rng
-from resilience.restore_targets import index_of, staging, stored_like
+from resilience.restore_optimizer import Adopted, adopt
+from resilience.restore_targets import converted, index_of, staging, stored_like
 from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.live_tensors import cut_as_placed
 from resilience.state.load_plan import LoadPlan
@@ -105,6 +106,7 @@ class Stager:
         self._verify = verify
         self._source = reader
         self._reader = LayeredReader(reader, {}, ())  # the plan adds the names that are asked for here
+        self._adopted: Adopted | None = None
         self._chosen = chosen
         self._checkpoint = checkpoint
         self._open_base = open_base
@@ -173,10 +175,12 @@ class Stager:
         values, from_live, added = own.values, frozenset[str](), frozenset[str]()
         if not self._restored_whole:
             here = encode(state.tree(tuple({"model", "optimizer"} & set(parts))))[0]
-            # with the optimizer's state goes the very dtype of its parameters; without it weights are converted
-            fitted = reconcile(own.values, here, convert="optimizer" not in parts)
+            # with the optimizer's own state goes the very dtype of its parameters; without it weights are converted
+            fitted = reconcile(own.values, here, convert="optimizer" not in parts or self._adopted is not None)
             values, from_live, added = fitted.values, fitted.from_live, fitted.added
-        index = cut_as_placed(state, values, index_of(self._reader.index, own, live, state, from_live))
+        index = cut_as_placed(state, values, index_of(self._view.index, own, live, state, from_live))
+        if self._adopted is not None:
+            index = converted(index, self._adopted.dtypes)
         held = set(map(without_block, index))
         # an empty extra state that the checkpoint knows nothing of is nothing that is lacking
         lacking = added - held - state.empty_extra_keys()
@@ -187,8 +191,17 @@ class Stager:
         plan = state.plan_load(values, index, parts)
         direct = self._bring is not None
         staged, targets, base_targets = staging(plan, index, own, live, from_base, initial, direct=direct)
-        asked = {without_block(key) for key in (*(key for key, _ in plan.targets), *live)}
+        asked = {self._stored_path(without_block(key)) for key in (*(key for key, _ in plan.targets), *live)}
+        asked |= {alias for alias, root in self._source.aliases.items() if root in asked}
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
+
+    @property
+    def _view(self) -> CheckpointReader:
+        """What tensors are read from: the checkpoint, or the checkpoint with the names that it was adopted under."""
+        return self._reader if self._adopted is None else self._adopted.reader
+
+    def _stored_path(self, key: str) -> str:
+        return key if self._adopted is None else self._adopted.reader.stored_path(key)
 
     def _own(self, state: TrainingState, parts: Collection[str]) -> RankState | None:
         """What this rank saved; in another layout, what it would have saved there."""
@@ -205,9 +218,9 @@ class Stager:
         return RankState(moved.values, moved.tensors)
 
     def _whole(self, key: str) -> torch.Tensor:
-        stored = self._reader.index[key]
+        stored = self._view.index[key]
         out = torch.empty(stored.global_shape, dtype=stored.dtype)
-        self._reader.read([Target(key, out, (0,) * out.dim())])
+        self._view.read([Target(key, out, (0,) * out.dim())])
         return out
 
     def _parts(self) -> tuple[str, ...]:
@@ -231,7 +244,8 @@ class Stager:
         return tuple(part for part in parts if part not in absent)
 
     def _without_rank_state(self, state: TrainingState, parts: Sequence[str]) -> tuple[RankState, tuple[str, ...]]:
-        """The model, and what everybody may know of the counters. For what this rank alone knew there is nothing."""
+        """The model, the counters, and what else another program stored. For what this rank alone knew there is
+        nothing."""
         reader = self._reader
         models = foreign_extra_state(reader, state, self._tell)
         if self._chosen.weights_only:
@@ -242,14 +256,21 @@ class Stager:
         tree: dict[str, Any] = {"model": models}
         if counters is not None:
             tree["train_state"] = counters
-        if not self._release:
-            if "rng" in parts and (rng := foreign_rng(reader, state, self._tell)):
-                tree["rng"] = rng
-            found = [*tree, *self._find_loader(state)]
-            lost = ", ".join(part for part in parts if part not in found)
-            what = f"iteration {self._chosen.save.iteration} in {reader.folder} holds no state of rank {self._rank}"
-            self._tell("warning", what=f"{what}: {' and '.join(found)} are loaded, not {lost}", advice="")
-        return _rank_state(tree), tuple(tree)
+        if self._release:
+            return _rank_state(tree), tuple(tree)
+        if "rng" in parts and (rng := foreign_rng(reader, state, self._tell)):
+            tree["rng"] = rng
+        own = _rank_state(tree)
+        self._adopted = adopted = adopt(state, reader, parts)
+        self._notes += tuple(adopted.notes)
+        written = tree_of(own.values) | adopted.parts
+        found = [part for part in PARTS if part in written]
+        kept = [*found, *self._find_loader(state)]
+        lost = ", ".join(part for part in parts if part not in kept)
+        what = f"iteration {self._chosen.save.iteration} in {reader.folder} holds no state of rank {self._rank}"
+        self._tell("warning", what=f"{what}: {' and '.join(kept)} are loaded, not {lost or 'more'}", advice="")
+        values = json.dumps(written, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return RankState(values, {**own.tensors, **adopted.tensors}), tuple(found)
 
     def _find_loader(self, state: TrainingState) -> tuple[str, ...]:
         """Look for this data-parallel rank's place in the data, as others write it; say why there is none."""
@@ -348,11 +369,11 @@ class Stager:
         elif self._shared_load:
             group = self._peers.open_replicas()
             try:
-                read_together(self._reader, wanted.targets, group)
+                read_together(self._view, wanted.targets, group)
             finally:
                 group.close()
         else:
-            self._reader.read(wanted.targets)
+            self._view.read(wanted.targets)
         if self._base is None or not wanted.base_targets:
             return
         with _of_base():

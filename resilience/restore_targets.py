@@ -17,7 +17,7 @@ from resilience.state.load_plan import LoadPlan
 from resilience.state.sharding import block_key, without_block
 from resilience.state.training_state import TrainingState
 
-__all__ = ["index_of", "staging", "stored_like"]
+__all__ = ["converted", "index_of", "staging", "stored_like"]
 
 
 def index_of(
@@ -51,6 +51,14 @@ def index_of(
         if root is not None and key in index and root in index:
             index[key] = replace(index[key], alias_of=root)  # tied weights are stored once
     return index
+
+
+def converted(index: Mapping[str, SavedItem], dtypes: Mapping[str, torch.dtype]) -> dict[str, SavedItem]:
+    """`index` with other dtypes for some tensors, as which they are read."""
+    return {
+        key: replace(item, dtype=dtypes[without_block(key)]) if without_block(key) in dtypes else item
+        for key, item in index.items()
+    }
 
 
 def staging(

@@ -14,6 +14,7 @@ import torch
 
 from resilience.formats.loader_files import encode_loader, loader_file
 from resilience.formats.megatron_objects import extra_states, megatron_rng
+from resilience.formats.optimizer_common import FULLY_RESHARDABLE, optimizer_common
 from resilience.formats.torch_archive import as_own_storage
 from resilience.state.plain import plain_parts
 
@@ -40,13 +41,14 @@ def extras_of(
     rng: str | None = None,
     extra_state: Sequence[Mapping[str, str]] = (),
     tokenizer: Callable[[], Mapping[str, bytes]],
+    sharding_type: str = FULLY_RESHARDABLE,
 ) -> Extras:
     """What this rank gives, from the values of its save.
 
     `loader_rank`: the data-parallel rank whose loader's state this rank writes (None: another does). `leads`: rank 0.
     `rng`: the key of the random state that this rank writes for Megatron (None: another does). `extra_state`: of each
     model, the entries that this rank writes as objects, and their keys. `tokenizer`: its files by name; called by rank
-    0 alone.
+    0 alone. `sharding_type`: how the state of divided optimizers lies.
     """
     files: dict[str, bytes] = {}
     if loader_rank is not None:
@@ -69,10 +71,8 @@ def extras_of(
     common: dict[str, Any] = {}
     if isinstance(parts.get("scheduler"), dict):
         common["opt_param_scheduler"] = parts["scheduler"]
-    groups = [each["param_groups"] for each in parts.get("optimizer", ()) if "param_groups" in each]
-    if groups:
-        common["optimizer"] = {"param_groups": groups[0]} if len(groups) == 1 else [{"param_groups": g} for g in groups]
-    return Extras(files, common, objects)
+    told = optimizer_common(parts.get("optimizer", ()), sharding_type)
+    return Extras(files, common if told is None else {**common, "optimizer": told}, objects)
 
 
 def _for_others(loader: Mapping[str, Any]) -> Any:

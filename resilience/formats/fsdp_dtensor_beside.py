@@ -12,7 +12,7 @@ rank's own object.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -22,6 +22,7 @@ from resilience.formats.folder_files import Backend, common_state
 from resilience.formats.fsdp_dtensor import NAME
 from resilience.formats.fsdp_dtensor_keys import nested_path, stored_key
 from resilience.formats.megatron_objects import megatron_rng
+from resilience.formats.optimizer_common import groups_by_optimizer
 from resilience.formats.protocol import RankShare, SaveMeta
 
 __all__ = ["COMMON_OBJECT", "FSDP_DTENSOR"]
@@ -35,7 +36,7 @@ def _beside(share: RankShare, meta: SaveMeta) -> Beside:
     nested: dict[str, Any] = {"checkpoint_version": common["checkpoint_version"], "iteration": common["iteration"]}
     if "opt_param_scheduler" in common:
         nested["opt_param_scheduler"] = common["opt_param_scheduler"]
-    for number, groups in enumerate(_groups_of(common)):
+    for number, groups in enumerate(groups_by_optimizer(common.get("optimizer"))):
         section = nested.setdefault(f"optimizer_{number}" if number else "optimizer", {})
         section["param_to_group_meta"] = dict(_by_parameter(groups))
     rng = _rng(share)
@@ -45,16 +46,9 @@ def _beside(share: RankShare, meta: SaveMeta) -> Beside:
     return {tuple(paths[key]): value for key, value in flat.items()} | {(COMMON_OBJECT,): [common]}
 
 
-def _groups_of(common: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """The parameter groups of each optimizer."""
-    stored = common.get("optimizer", [])
-    each_one = stored if isinstance(stored, list) else [stored]
-    return [each["param_groups"] for each in each_one if "param_groups" in each]  # another program's may lie deeper
-
-
 def _by_parameter(groups: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for group in groups:
-        for parameter in group["params"]:
+        for parameter in group.get("params", ()):  # another program's may name none
             yield parameter, {name: value for name, value in group.items() if name != "params"}
 
 

@@ -5,24 +5,39 @@
     model/1/layers.0.weight                       model_chunk_1.layers.0.weight
     optimizer/0/state/layers.0.weight/exp_avg     optimizer.state.exp_avg.layers.0.weight
     optimizer/1/state/layers.0.weight/exp_avg     optimizer_1.state.exp_avg.layers.0.weight
+    optimizer/megatron/<the key, escaped>         optimizer.distributed.…, chained_1.optimizer.distributed.…
     anything else (extra/ema/0/w)                 resilience/extra/ema/0/w
     what rank 3 of 8 has alone (an object)        resilience/shard_3_8
 
-The first four forms are Megatron Core's or its closest neighbours. A name that would read back as another path (a model
-with a submodule `optimizer.state`) takes the last tensor form, so that each key stands for exactly one path.
+The first four forms are Megatron Core's or its closest neighbours. The fifth is what its optimizers store by their own
+buckets, not by parameter: such a key is nobody's weight, and stands for itself. A name that would read back as another
+path (a model with a submodule `optimizer.state`) takes the last tensor form, so that each key stands for exactly one
+path.
 """
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["MODEL_PREFIX", "OPTIMIZER_PREFIX", "OWN_PREFIX", "rank_key", "rank_of", "stored_key", "tree_key"]
+__all__ = [
+    "BUCKETS_PREFIX",
+    "MODEL_PREFIX",
+    "OPTIMIZER_PREFIX",
+    "OWN_PREFIX",
+    "rank_key",
+    "rank_of",
+    "stored_key",
+    "tree_key",
+]
 
 MODEL_PREFIX = "model/"
 OPTIMIZER_PREFIX = "optimizer/"
+#: What Megatron Core's optimizers store in a form of their own.
+BUCKETS_PREFIX = "optimizer/megatron/"
 OWN_PREFIX = "resilience/"
 _CHUNK = re.compile(r"model_chunk_([1-9]\d{0,5})\.(.+)", re.DOTALL)
 _OPTIMIZER = re.compile(r"optimizer(?:_([1-9]\d{0,5}))?\.state\.([^.]+)\.(.+)", re.DOTALL)
+_BUCKETS = re.compile(r"(?:chained_\d{1,6}\.)?optimizer\.distributed\..+|chained_\d{1,6}\.optimizer\..+", re.DOTALL)
 _RANK = re.compile(r"resilience/shard_(\d{1,7})_(\d{1,7})")
 
 
@@ -38,6 +53,8 @@ def tree_key(key: str) -> str:
         return key.removeprefix(OWN_PREFIX)
     if match := _OPTIMIZER.fullmatch(key):
         return f"optimizer/{match[1] or 0}/state/{_escape(match[3])}/{_escape(match[2])}"
+    if _BUCKETS.fullmatch(key):
+        return BUCKETS_PREFIX + _escape(key)
     if match := _CHUNK.fullmatch(key):
         return f"{MODEL_PREFIX}{match[1]}/{_escape(match[2])}"
     return f"{MODEL_PREFIX}0/{_escape(key)}"
@@ -60,6 +77,8 @@ def _friendly(parts: list[str]) -> str:
             return _unescape(name)
         case ["model", chunk, name]:
             return f"model_chunk_{chunk}.{_unescape(name)}"
+        case ["optimizer", "megatron", key]:
+            return _unescape(key)
         case ["optimizer", "0", "state", name, moment]:
             return f"optimizer.state.{_unescape(moment)}.{_unescape(name)}"
         case ["optimizer", number, "state", name, moment]:

@@ -16,6 +16,7 @@ from resilience.errors import EvictedError, ResilienceError, SaveFailedError
 from resilience.formats.extras import Extras
 from resilience.formats.in_common import check_in_common
 from resilience.formats.once import once
+from resilience.formats.optimizer_common import main_aliases, with_steps
 from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare, SaveMeta
 from resilience.planning.inventory import SaveId
 from resilience.planning.split import split_rows
@@ -99,6 +100,7 @@ class SharedSaver:
                     problem = str(error) if told else f"{type(error).__name__}: {error}"
             self._agree(problem)
             check_in_common(_in_common(job, target), job.group_number, self._group)
+            share = with_steps(share, self._group)
             share = replace(share, chunks=once(share.chunks, self._group))
             folder = self._leader(lambda store=store: str(store.begin(job.save.iteration, job.save.attempt)))  # type: ignore[misc]
             self._form.save(Path(folder), share, target.meta, self._group, self._fs)
@@ -133,10 +135,11 @@ def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
     if arena is None or arena.layout is None:
         raise SaveFailedError("the snapshot failed")
     skip = target.skip | {alias for alias, root in job.aliases.items() if root in target.skip}
-    aliases = {alias: root for alias, root in job.aliases.items() if alias not in skip}
     values = without_parts(job.values, target.leave_out)
     if skip:
         values = without_entries(values, skip)
+    aliases = {alias: job.aliases.get(root, root) for alias, root in main_aliases(values).items()}
+    aliases |= {alias: root for alias, root in job.aliases.items() if alias not in skip}
     own = {placed.piece.key: position for position, placed in enumerate(arena.layout.placed) if not placed.piece.shared}
 
     def tensor_of(key: str) -> torch.Tensor | None:

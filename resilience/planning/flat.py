@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Box", "FlatBucket", "Placed", "boxes_of_range", "plan_buckets"]
+__all__ = ["ALIGNMENT", "Box", "FlatBucket", "Placed", "boxes_of_range", "plan_buckets"]
 
 ALIGNMENT = 64  # elements, as Megatron Core starts its parameters
 _END_ALIGNMENT = 128  # elements; Megatron Core pads a bucket to a multiple of this and of the group's size

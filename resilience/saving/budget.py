@@ -21,7 +21,8 @@ from resilience.planning.restore_plan import needed_owners
 from resilience.planning.schedule import shortest_interval
 from resilience.planning.typed_json import from_json
 from resilience.runtime.memory import available_bytes
-from resilience.state.distributed_optimizer import DistributedOptimizer
+from resilience.state.distributed_state import DistributedOptimizerState
+from resilience.state.optimizer_state import RedundancyFreeState
 from resilience.state.tensors import is_dtensor, local_part
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem
@@ -116,8 +117,8 @@ def _state_bytes(state: TrainingState) -> tuple[int, int]:
             shared, own = (shared + item.tensor.nbytes, own) if item.replicated else (shared, own + item.tensor.nbytes)
     for each in state.optimizers:
         optimizer = getattr(each, "optimizer", None)
-        if isinstance(optimizer, DistributedOptimizer):  # each rank steps its own slices
-            inner = optimizer.inner
+        if isinstance(each, DistributedOptimizerState | RedundancyFreeState):  # each rank steps its own part
+            inner = each.optimizer.inner if isinstance(each, DistributedOptimizerState) else each.inner
             own += 0 if inner.state else sum(_moments(inner, group, group["params"]) for group in inner.param_groups)
             continue
         if not isinstance(optimizer, torch.optim.Optimizer) or optimizer.state:

@@ -3,7 +3,8 @@
 Torch's own `load_state_dict` casts state to the parameter's dtype (a float32 momentum of a bfloat16 parameter comes
 back rounded) and goes by position; so state is read from and written to `optimizer.state` and `param_groups` directly,
 by the parameter's name in the model. Hooks on `Optimizer.state_dict` are not run. An optimizer that brings its own
-`state_dict` or `load_state_dict` goes through those; a `DistributedOptimizer` has a file of its own.
+`state_dict` or `load_state_dict` goes through those, torch's `ZeroRedundancyOptimizer` does not; a
+`DistributedOptimizer` has a file of its own.
 """
 
 from __future__ import annotations
@@ -34,17 +35,22 @@ class OptimizerState:
         state: dict[str, Any] = {}
         outside: dict[str, torch.Tensor] = {}
         for parameter, name in self._parameters():
-            if parameter in self.optimizer.state:
-                state[name] = self.optimizer.state[parameter]
+            if parameter in self._state:
+                state[name] = self._state[parameter]
             if name in self._outside:
                 outside[name] = parameter
         tree: dict[str, Any] = {"state": state, "param_groups": self._groups()}
         if outside:  # trained, but part of no model: nobody else would store it
             tree["parameters"] = outside
-        shared = {key: value for key, value in self.optimizer.state.items() if not isinstance(key, torch.Tensor)}
+        shared = {key: value for key, value in self._state.items() if not isinstance(key, torch.Tensor)}
         if shared:  # an optimizer may keep state that belongs to no parameter
             tree["shared"] = shared
         return tree
+
+    @property
+    def _state(self) -> dict[Any, Any]:
+        """The live state, by parameter."""
+        return self.optimizer.state
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """All parameters of this optimizer by name."""
@@ -57,6 +63,8 @@ class OptimizerState:
             return [f"{where}: saved from an object with its own state_dict, here it is a torch optimizer"]
         if "slices" in saved:
             return [f"{where}: saved from a DistributedOptimizer, of which each rank has a part"]
+        if saved.get("kept") != self._kept():
+            return [f"{where}: the parameters whose state each rank keeps are shared out otherwise"]
         found = groups_differ(where, saved["param_groups"], self._groups())
         known = self.parameters()
         found += [f"{where}/state/{name}: saved, but no parameter here" for name in saved["state"] if name not in known]
@@ -67,11 +75,15 @@ class OptimizerState:
     def load(self, saved: dict[str, Any]) -> None:
         """Put back state and groups; what a saved tensor holds becomes the optimizer's own, not a copy."""
         parameters = self.parameters()
-        self.optimizer.state.clear()
+        self._state.clear()
         for name, state in saved["state"].items():
-            self.optimizer.state[parameters[name]] = state
-        self.optimizer.state.update(saved.get("shared", {}))
+            self._state[parameters[name]] = state
+        self._state.update(saved.get("shared", {}))
         load_groups(self.optimizer.param_groups, saved["param_groups"])
+
+    def _kept(self) -> list[str] | None:
+        """The parameters of which this rank alone keeps the state; None if every rank keeps all."""
+        return None
 
     def _groups(self) -> list[dict[str, Any]]:
         return groups_by_name(self.optimizer.param_groups, [[name for _, name in named] for named in self._names()])
@@ -91,6 +103,40 @@ class OptimizerState:
             ]
             self._outside = {name for group in self._named for each, name in group if id(each) not in known}
         return self._named
+
+
+class RedundancyFreeState(OptimizerState):
+    """A `ZeroRedundancyOptimizer` of torch: each rank has the whole state of some of the parameters.
+
+    Its `state_dict` is whole on one rank only, after all have sent it theirs; here each rank gives what it keeps, as
+    `kept` says, by name. So nothing is gathered, and the state loads at any number of ranks.
+    """
+
+    def __init__(self, optimizer: Any, position: int, names_by_id: NamesById) -> None:
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise UnsupportedStateError(
+                f"optimizer/{position} is a ZeroRedundancyOptimizer with overlap_with_ddp, which shares the parameters "
+                f"out anew in every process and takes no state from outside.",
+                advice="Leave overlap_with_ddp out, or use resilience.DistributedOptimizer.",
+            )
+        super().__init__(optimizer, position, names_by_id)
+
+    def collect(self) -> dict[str, Any]:
+        """Also which parameters the state is of."""
+        return {**super().collect(), "kept": self._kept()}
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer of this rank's parameters. It takes hyperparameters from the outer one at each step."""
+        return self.optimizer.optim  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def _state(self) -> dict[Any, Any]:
+        return self.inner.state
+
+    def _kept(self) -> list[str] | None:
+        mine = {id(each) for group in self.inner.param_groups for each in group["params"]}
+        return [name for parameter, name in self._parameters() if id(parameter) in mine]
 
 
 class OpaqueOptimizerState:
@@ -137,11 +183,7 @@ def optimizer_state(optimizer: Any, position: int, names_by_id: NamesById) -> An
     if isinstance(optimizer, DistributedOptimizer):
         return DistributedOptimizerState(optimizer, position, names_by_id)
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-        raise UnsupportedStateError(
-            f"optimizer/{position} is a ZeroRedundancyOptimizer, whose state_dict is whole on one rank only, and only "
-            f"after a consolidate_state_dict.",
-            advice="Use resilience.DistributedOptimizer(params, optimizer_class, …): it divides the state likewise.",
-        )
+        return RedundancyFreeState(optimizer, position, names_by_id)
     ours, base = type(optimizer), torch.optim.Optimizer
     if isinstance(optimizer, base) and (ours.state_dict, ours.load_state_dict) == (
         base.state_dict,

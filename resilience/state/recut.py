@@ -27,10 +27,12 @@ from resilience.state.tree import encode, path_component
 if TYPE_CHECKING:
     from resilience.state.training_state import TrainingState
 
-__all__ = ["Recut", "Taken", "is_cut_alike", "recut"]
+__all__ = ["DIVISIONS", "Recut", "Taken", "is_cut_alike", "recut"]
 
 _SHOWN = 20
 _MODEL_PARALLEL = ("tp", "pp", "ep")
+#: What says how an optimizer's state is shared out: elements of parameters, or whole parameters.
+DIVISIONS = ("slices", "kept")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def is_cut_alike(state: TrainingState, saved_values: bytes, saved_layout: Parall
     if saved_layout is not None and saved_layout != state.layout:
         return False
     saved, live = tree_of(saved_values), tree_of(encode(state.tree(("model", "optimizer")))[0])
-    if "optimizer" in saved and _slices(saved["optimizer"]) != _slices(live["optimizer"]):
+    if "optimizer" in saved and _divisions(saved["optimizer"]) != _divisions(live["optimizer"]):
         return False
     before, now = _placements(saved.get("model")), _placements(live.get("model"))
     return all(now[key] == placed for key, placed in before.items() if key in now)
@@ -205,9 +207,9 @@ def _placements(models: Any) -> dict[str, Any]:
     return {str(ref.get("$tensor")): ref.get("placements") for ref in tensor_refs(models)}
 
 
-def _slices(optimizers: Any) -> list[Any]:
-    """How each optimizer was divided over the ranks: None where it was not."""
-    return [each.get("slices") if isinstance(each, dict) else None for each in optimizers]
+def _divisions(optimizers: Any) -> list[Any]:
+    """How each optimizer was divided over the ranks: nothing where it was not."""
+    return [{part: each.get(part) for part in DIVISIONS if isinstance(each, dict)} for each in optimizers]
 
 
 def _raise_if_any(problems: Sequence[str]) -> None:

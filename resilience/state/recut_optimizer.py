@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from resilience.state.recut import Taken
+from resilience.state.recut import DIVISIONS, Taken
 from resilience.state.saved_world import SavedRank, fingerprint, key_of, tensor_refs, tree_of
 from resilience.state.tree import encode
 
@@ -55,12 +55,10 @@ class _Optimizer:
             whole: dict[str, Any] = self._taken.one(self._where, self._saved) or {}
             return whole
         wanted = [name for group in self._live["param_groups"] for name in group["params"]]
-        slices = self._live.get("slices")
-        if slices is not None:  # a rank has state of what it keeps elements of
-            wanted = [name for name in wanted if name in slices]
-        tree = {"state": self._states(wanted), "param_groups": self._groups()}
-        if slices is not None:
-            tree["slices"] = slices
+        divided = {part: self._live[part] for part in DIVISIONS if part in self._live}
+        for kept in divided.values():  # a rank has state of what it keeps elements of
+            wanted = [name for name in wanted if name in kept]
+        tree = {"state": self._states(wanted), "param_groups": self._groups(), **divided}
         for part in ("parameters", "shared"):  # what belongs to no parameter of a model
             found = [(rank, saved.get(part)) for rank, saved in self._saved]
             if any(written is not None for _, written in found) or part in self._live:

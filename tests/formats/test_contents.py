@@ -50,6 +50,8 @@ def test_common_pt_has_what_is_not_sharded(root: Path) -> None:
     (group,) = common["optimizer"]["param_groups"]
     assert (group["lr"], group["betas"]) == (job.opt.param_groups[0]["lr"], (0.9, 0.999))
     assert group["params"] == ["up.weight", "up.bias", "down.weight", "down.bias"]
+    assert (group["step"], common["optimizer"]["state"]["common_step"]) == (4, 4)
+    assert [group[name] for name in ("wd_mult", "lr_mult", "is_expert_parallel")] == [1.0, 1.0, False]
     assert common["content_metadata"]["singleton_local_shards"] is False
 
 

@@ -17,12 +17,18 @@ from resilience.formats.keys import rank_key, rank_of, stored_key, tree_key
         ("optimizer/0/state/layers.0.weight/exp_avg", "optimizer.state.exp_avg.layers.0.weight"),
         ("optimizer/2/state/w/step", "optimizer_2.state.step.w"),
         ("model/0/odd~1name", "odd/name"),
+        (
+            "optimizer/megatron/optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.param",
+            "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.param",
+        ),
+        ("optimizer/megatron/chained_1.optimizer.distributed.x~1y", "chained_1.optimizer.distributed.x/y"),
         ("extra/ema/0/w", "resilience/extra/ema/0/w"),
         ("optimizer/0/param_groups/0/lr", "resilience/optimizer/0/param_groups/0/lr"),
         ("optimizer/0/state/w/nested/a", "resilience/optimizer/0/state/w/nested/a"),
         # names that would read back as something else
         ("model/0/optimizer.state.exp_avg.w", "resilience/model/0/optimizer.state.exp_avg.w"),
         ("model/0/model_chunk_1.w", "resilience/model/0/model_chunk_1.w"),
+        ("model/0/optimizer.distributed.w", "resilience/model/0/optimizer.distributed.w"),
         ("optimizer/0/state/w/a.b", "resilience/optimizer/0/state/w/a.b"),
     ],
 )
@@ -39,6 +45,9 @@ _paths = st.one_of(
     st.tuples(st.just("model"), st.just("0"), _part.map(lambda p: f"optimizer.state.{p}")),
     st.tuples(st.just("model"), st.just("0"), _part.map(lambda p: f"model_chunk_1.{p}")),
     st.tuples(st.just("model"), st.just("0"), _part.map(lambda p: f"resilience~1{p}")),
+    st.tuples(st.just("model"), st.just("0"), _part.map(lambda p: f"optimizer.distributed.{p}")),
+    st.tuples(st.just("optimizer"), st.just("megatron"), _part.map(lambda p: f"optimizer.distributed.{p}")),
+    st.tuples(st.just("optimizer"), st.just("megatron"), _part),
 ).map("/".join)
 
 

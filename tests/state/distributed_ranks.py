@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from resilience import CheckpointConfig, ParallelLayout, ResiliencyConfig, ResilientTrainer, shard
 from resilience.state.distributed_optimizer import DistributedOptimizer
@@ -44,7 +45,8 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Way:
-    """How a job is run. `kind`: "divided", or "plain" for AdamW itself. `kill_at`: a step in which all are killed."""
+    """How a job is run. `kind`: "divided", "plain" for AdamW itself, "zero" for torch's optimizer that shares out whole
+    parameters. `kill_at`: a step in which all are killed."""
 
     size: int
     memory: str
@@ -88,6 +90,9 @@ def built(way: Way, rank: int) -> tuple[nn.Module, Any, ParallelLayout, dist.Pro
     trained = [{"params": big, "weight_decay": 0.1}, {"params": rest, "lr": 0.02}]
     if way.kind == "plain":
         return net, torch.optim.AdamW(trained, lr=0.05, foreach=False), layout, group
+    if way.kind == "zero":
+        zero: Any = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, process_group=group, lr=0.05, foreach=False)
+        return net, zero, layout, group
     optimizer = DistributedOptimizer(
         trained, torch.optim.AdamW, process_group=group, bucket_numel=way.bucket_numel, lr=0.05, foreach=False
     )
@@ -147,7 +152,7 @@ def _sum_of_replicas(net: nn.Module, way: Way, group: dist.ProcessGroup | None) 
             dist.all_reduce(parameter.grad, group=None if name in ("down_bias", "scale") else group)
 
 
-def whole_of(ranks: Sequence[Sequence[Part]]) -> Mapping[str, torch.Tensor]:
+def whole_of(ranks: Sequence[Sequence[Part]]) -> dict[str, torch.Tensor]:
     """What all ranks hold together, by key; every element of it is on some rank."""
     wholes: dict[str, torch.Tensor] = {}
     seen: dict[str, torch.Tensor] = {}

@@ -88,10 +88,13 @@ def test_a_killed_job_goes_on_from_its_nodes_to_the_bit(tmp_path: Path, kind: st
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_plain_dcp_reads_the_whole_state_and_the_layout_is_told(tmp_path: Path) -> None:
-    saved = run(Way(2, str(tmp_path / "memory"), 2, save=str(tmp_path / "save"), dtype="bfloat16"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_dcp_reads_the_whole_state_and_the_layout_is_told(tmp_path: Path, dtype: str) -> None:
+    saved = run(Way(2, str(tmp_path / "memory"), 2, save=str(tmp_path / "save"), dtype=dtype))
     folder = tmp_path / "save" / "iter_0000002"
     last = whole_of([ran.last for ran in saved])
+    for name in ("up", "up_bias", "down", "down_bias", "scale"):  # of a float32 model they are its own parameters
+        last.setdefault(f"optimizer/0/state/{name}/param", last[f"model/0/{name}"])
     found = {
         f"optimizer.state.{kind}.{name}": torch.empty(last[f"optimizer/0/state/{name}/{kind}"].shape)
         for name in ("up", "up_bias", "down", "down_bias", "scale")
@@ -103,4 +106,16 @@ def test_plain_dcp_reads_the_whole_state_and_the_layout_is_told(tmp_path: Path) 
         assert torch.equal(tensor, last[f"optimizer/0/state/{name}/{kind}"])
     common = torch.load(folder / "common.pt", weights_only=True)
     assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
-    assert [group["lr"] for group in common["optimizer"]["param_groups"]] == [0.05, 0.02]
+    assert common["optimizer"]["param_state_sharding_type"] == "fully_reshardable"
+    groups = common["optimizer"]["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [0.05, 0.02]
+    assert [group["step"] for group in groups] == [2, 2]
+    assert [group["wd_mult"] for group in groups] == [1.0, 0.1]
+    assert [group["lr_mult"] for group in groups] == [1.0, 0.4]
+
+
+def test_a_save_of_ours_has_nothing_that_the_strictest_mode_misses(tmp_path: Path) -> None:
+    root, memory = str(tmp_path / "save"), str(tmp_path / "memory")
+    run(Way(2, memory, 2, save=root))
+    strict = (("dist_ckpt_strictness", "raise_all"),)
+    assert {ran.resumed for ran in run(Way(2, memory, 3, load=root, options=strict))} == {2}

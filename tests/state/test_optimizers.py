@@ -228,10 +228,10 @@ def test_several_optimizers_and_schedulers_come_back_each_its_own() -> None:
     assert target.optimizers[0].optimizer.param_groups[0]["lr"] == 0.05
 
 
-def test_torchs_zero_redundancy_optimizer_is_refused_with_what_to_use_instead() -> None:
-    class ZeroRedundancyOptimizer(torch.optim.SGD):  # the real one needs a process group to be made
-        pass
+def test_a_zero_redundancy_optimizer_that_overlaps_with_ddp_is_refused_with_what_to_use_instead() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):  # the real one needs DDP's hook before it has any state
+        _overlap_with_ddp = True
 
-    with pytest.raises(UnsupportedStateError, match="consolidate_state_dict") as refused:
+    with pytest.raises(UnsupportedStateError, match="overlap_with_ddp") as refused:
         optimizer_state(ZeroRedundancyOptimizer([torch.nn.Parameter(torch.zeros(2))], lr=0.1), 0, dict)
     assert "resilience.DistributedOptimizer" in refused.value.advice

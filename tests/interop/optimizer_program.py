@@ -1,0 +1,209 @@
+"""Megatron Core's real distributed optimizer on a CPU, as a program: it saves known state, or loads and checks it.
+
+    python optimizer_program.py save FOLDER --tp 2 --pp 1 --world 4 --layout dp_reshardable
+    python optimizer_program.py load FOLDER --tp 1 --pp 2 --world 2
+
+A GPT under Megatron's DDP with `get_megatron_optimizer`, saved and loaded by its `sharded_state_dict` and
+`dist_checkpointing`; the layout of a load is the one that the checkpoint's `content_metadata` names. Nothing of
+Megatron Core is replaced; of torch five calls are by which it assumes a GPU. Prints one JSON document: what each rank
+has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.simplefilter("ignore")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
+
+from tests.interop.megatron_program import FFN, HEADS, HIDDEN, LAYERS, MOMENTS, VOCABULARY, moment_key, whole  # noqa: E402
+
+STEP, LR = 7, 0.125
+
+
+def main_parameter(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """In float32; its rounding to bfloat16 is the weight."""
+    return whole(moment_key("param", key), shape, torch.float32) / 256 + 1 / 3
+
+
+def moment(kind: str, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return main_parameter(key, shape) if kind == "param" else whole(moment_key(kind, key), shape, torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["save", "load"])
+    parser.add_argument("folder", type=Path)
+    for name in ("tp", "pp", "world"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--layout", default="fully_reshardable")
+    parser.add_argument("--mem-efficient", action="store_true")
+    parser.add_argument("--layer-by-layer", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as meeting:
+        mp.spawn(_rank, args=(options, meeting), nprocs=options.world)
+        print((Path(meeting) / "told.json").read_text())
+
+
+def _rank(rank: int, options: argparse.Namespace, meeting: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.world), LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=options.world, init_method=f"file://{meeting}/store")
+    _pretend_a_gpu()
+    job = _Job(options)
+    told = job.save() if options.what == "save" else job.load()
+    parts: list[Any] = [None] * options.world
+    dist.all_gather_object(parts, told)
+    if rank == 0:
+        (Path(meeting) / "told.json").write_text(json.dumps(parts))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _pretend_a_gpu() -> None:
+    """Megatron Core asks for the current device, synchronises it, makes tensors on it, and looks at type names."""
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    tensor, type_of = torch.tensor, torch.Tensor.type
+
+    def on_cpu(*given: Any, **fields: Any) -> torch.Tensor:
+        return tensor(*given, **{**fields, **({"device": "cpu"} if fields.get("device") == "cuda" else {})})
+
+    def named_as_on_gpu(self: torch.Tensor, *given: Any, **fields: Any) -> Any:
+        found = type_of(self, *given, **fields)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+
+    torch.tensor, torch.Tensor.type = on_cpu, named_as_on_gpu  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+
+class _Job:
+    """A model and an optimizer at one layout."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.models.gpt.gpt_model import GPTModel
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        parallel_state.initialize_model_parallel(options.tp, options.pp, create_gloo_process_groups=True)
+        self.options = options
+        config = TransformerConfig(
+            num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, ffn_hidden_size=FFN, bf16=True,
+            use_cpu_initialization=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16,
+            tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
+            gradient_accumulation_fusion=False,
+        )  # fmt: skip
+        model = GPTModel(
+            config, get_gpt_layer_local_spec(), vocab_size=VOCABULARY, max_sequence_length=32,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(), position_embedding_type="rope",
+            share_embeddings_and_output_weights=False,
+        ).bfloat16()  # fmt: skip
+        distributed = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=2000
+        )
+        self.model = DistributedDataParallel(config, distributed, model)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=LR, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True,
+                weight_decay=0.25,
+            ),
+            [self.model],
+        )  # fmt: skip
+        (self.divided,) = self.optimizer.chained_optimizers
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "distrib_optim_sharding_type": self.options.layout,
+            "distrib_optim_fully_reshardable_mem_efficient": self.options.mem_efficient,
+            "chained_optim_avoid_prefix": True,
+            "singleton_local_shards": self.options.layer_by_layer,
+        }
+
+    def _tensors(self, content: dict[str, Any]) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        described = self.model.sharded_state_dict(metadata=content)
+        return {name: part for name, part in described.items() if isinstance(part, ShardedTensor)}
+
+    def save(self) -> dict[str, Any]:
+        from megatron.core import dist_checkpointing
+
+        content = self._content()
+        self.divided._init_optimizer_states_with_dummy_values()
+        tensors = self._tensors(content)
+        by_tensor = {id(part.data): part for part in tensors.values()}  # a save lets go of the tensors
+        order = [by_tensor[id(parameter)] for parameter in self.model.parameters()]
+        for parameter, part, flat in self._kept(tensors):
+            parameter.detach().copy_(self._expected(part, "param").to(torch.bfloat16))
+            state = {kind: self._expected(part, kind).flatten()[flat] for kind in ("param", *MOMENTS)}
+            self.divided._set_main_param_and_optimizer_states(parameter, {**state, "step": torch.tensor(float(STEP))})
+        if dist.get_rank() == 0:
+            self.options.folder.mkdir(parents=True)
+        dist.barrier()
+        described = {"tensors": tensors, "optimizer": self.optimizer.sharded_state_dict(tensors, metadata=content)}
+        common = {"iteration": STEP, "checkpoint_version": 3.0, "content_metadata": content}
+        dist_checkpointing.save(described | common, str(self.options.folder))
+        return {
+            "order": [
+                [part.key, list(part.global_shape), list(part.global_offset), list(part.local_shape)] for part in order
+            ],
+            "buckets": [list(lengths.values()) for lengths in self.divided.per_bucket_numel_unpadded],
+        }
+
+    def load(self) -> dict[str, Any]:
+        from megatron.core import dist_checkpointing
+
+        content = dist_checkpointing.load_content_metadata(str(self.options.folder))
+        tensors = self._tensors(content)
+        described = self.optimizer.sharded_state_dict(tensors, is_loading=True, metadata=content)
+        loaded = dist_checkpointing.load({"tensors": tensors, "optimizer": described}, str(self.options.folder))
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        checked = 0
+        for parameter, part, flat in self._kept(tensors):
+            weight = loaded["tensors"][next(name for name, each in tensors.items() if each is part)]
+            expected = self._expected(part, "param").to(torch.bfloat16)
+            if not torch.equal(weight.reshape(part.local_shape), expected):
+                raise AssertionError(f"{part.key} differs")
+            found = self.divided._get_main_param_and_optimizer_states(parameter)
+            for kind in ("param", *MOMENTS):
+                if not torch.equal(found[kind].flatten(), self._expected(part, kind).flatten()[flat]):
+                    raise AssertionError(f"{kind} of {part.key} differs")
+            if found["step"] != STEP:
+                raise AssertionError(f"the step of {part.key} is {found['step']}")
+            checked += 1
+        groups = [[group["lr"], group["weight_decay"]] for group in self.optimizer.param_groups]
+        return {"checked": checked, "groups": groups, "layout": content["distrib_optim_sharding_type"]}
+
+    def _kept(self, tensors: dict[str, Any]) -> Any:
+        """Parameter, its part of the whole, and which of its elements this rank keeps the state of."""
+        by_tensor = {id(part.data): part for part in tensors.values()}
+        for buffer in self.divided.gbuf_ranges:
+            for buckets in buffer.values():
+                for bucket in buckets:
+                    for parameter, ranges in bucket["param_map"].items():
+                        flat = slice(ranges["param"].start, ranges["param"].end)
+                        yield parameter, by_tensor[id(parameter)], flat
+
+    def _expected(self, part: Any, kind: str) -> torch.Tensor:
+        shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+        region = tuple(slice(at, at + length) for at, length in zip(part.global_offset, shape, strict=True))
+        return moment(kind, part.key, tuple(part.global_shape))[region].reshape(part.local_shape)
+
+
+if __name__ == "__main__":
+    main()
