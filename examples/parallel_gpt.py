@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 4 examples/parallel_gpt.py --tp 2 --pp 2 --train-iters 20
     torchrun --nproc-per-node 2 examples/parallel_gpt.py --ep 2 --train-iters 40
+    torchrun --nproc-per-node 4 examples/parallel_gpt.py --pp 2 --distributed-optimizer
 
 Plain torch collectives, so that everything is in sight. What checkpoints need to know of the cutting is in two places:
 `resilience.shard` where a parameter is made (`Cut`), and the `ParallelLayout` given to the trainer. Names are global:
@@ -47,32 +48,34 @@ class Groups:
     stages: tuple[int, ...]  # the ranks of this pipeline
 
     @classmethod
-    def make(cls, layout: ParallelLayout) -> Groups:
-        """Collective. Ranks with equal values of a key are one group."""
+    def make(cls, layout: ParallelLayout, *, divided: bool = False) -> Groups:
+        """Collective. Ranks with equal values of a key are one group. `divided`: an optimizer wants to know those of
+        its replicas, also where there is one."""
         alone = not distributed.is_initialized()
         rank, world = (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
         places = [layout.resolve(each, world) for each in range(world)]
         mine = places[rank]
 
-        def among(key: Any) -> Any:
+        def among(key: Any, least: int = 2) -> Any:
             members: dict[Any, list[int]] = {}
             for each, place in enumerate(places):
                 members.setdefault(key(place), []).append(each)
-            made = {name: distributed.new_group(ranks) for name, ranks in members.items() if len(ranks) > 1}
+            made = {name: distributed.new_group(ranks) for name, ranks in members.items() if len(ranks) >= least}
             return made.get(key(mine))
 
         def flat(place: Any) -> int:  # within dp × cp, as ParallelLayout counts experts
             return int(place.cp_rank + place.cp * place.dp_rank)
 
         model = lambda p: (p.pp_rank, p.tp_rank)  # noqa: E731
+        least = 1 if divided and not alone else 2
         inner = lambda p: p.pp_rank if 0 < p.pp_rank < p.pp - 1 else -1  # noqa: E731
         return cls(
             mine,
             tp=among(lambda p: (p.pp_rank, flat(p))),
             cp=among(lambda p: (*model(p), p.dp_rank)),
             ep=among(lambda p: (*model(p), flat(p) // p.ep)),
-            replicas=among(model),
-            expert_replicas=among(lambda p: (*model(p), p.ep_rank)),
+            replicas=among(model, least),
+            expert_replicas=among(lambda p: (*model(p), p.ep_rank), least),
             ends=among(lambda p: (p.tp_rank, flat(p), inner(p))) if mine.pp > 1 else None,
             stages=tuple(r for r, p in enumerate(places) if (p.tp_rank, flat(p)) == (mine.tp_rank, flat(mine))),
         )
@@ -252,6 +255,7 @@ class Stage(nn.Module):
         self.first, self.last = stage == 0, stage == place.pp - 1
         if self.first or self.last:
             self.token = Cut(groups, 0).parameter("token", VOCABULARY, WIDTH)
+            self.token.shared_embedding = place.pp > 1  # two stages train it: a distributed optimizer has to know
         if self.first:
             self.place = nn.Parameter(initial("place", CONTEXT, WIDTH))
         numbers = range(stage * here, (stage + 1) * here)
@@ -370,27 +374,40 @@ class Text(Dataset[torch.Tensor]):
 class Training:
     """Everything that a run consists of, on this rank."""
 
-    def __init__(self, layout: ParallelLayout, dropout: float = 0.0) -> None:
+    def __init__(self, layout: ParallelLayout, dropout: float = 0.0, *, divided: bool = False) -> None:
         self.layout = layout
-        self.groups = Groups.make(layout)
+        self.groups = Groups.make(layout, divided=divided)
         place = self.groups.place
         self.model = Stage(self.groups, dropout)
-        matrices = [each for each in self.model.parameters() if each.dim() > 1]
-        vectors = [each for each in self.model.parameters() if each.dim() == 1]
-        groups: Iterable[Any] = ({"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(list(groups), lr=5e-3)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 5))
+        self.optimizers = self._divided_optimizers() if divided else [self._optimizer()]
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(each, lambda step: min(1.0, (step + 1) / 5)) for each in self.optimizers
+        ]
         share = DistributedSampler(Text(), place.dp, place.dp_rank, seed=7, drop_last=True)
         self.loader = DataLoader(share.dataset, BATCH // (place.dp or 1), sampler=share, drop_last=True)
         # dropout draws alike on the ranks that hold the same activations, and differently on all others
         torch.manual_seed(1000 + 100 * (place.pp_rank or 0) + 10 * (place.dp_rank or 0) + (place.cp_rank or 0))
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(_trained(self.model.named_parameters()), lr=5e-3)
+
+    def _divided_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One for the experts, which fewer ranks have alike, and one for all else; a stage may have no experts."""
+        named = list(self.model.named_parameters())
+        experts = [each for each in named if ".experts." in each[0]]
+        others = [each for each in named if ".experts." not in each[0]]
+        return [
+            resilience.DistributedOptimizer(_trained(each), torch.optim.AdamW, process_group=group, lr=5e-3)
+            for each, group in ((others, self.groups.replicas), (experts, self.groups.expert_replicas))
+        ]
+
     def trainer(self, **configs: Any) -> resilience.ResilientTrainer:
         """Resumes, if there is what to resume from."""
+        one = len(self.optimizers) == 1
         return resilience.ResilientTrainer(
             self.model,
-            self.optimizer,
-            scheduler=self.scheduler,
+            self.optimizers[0] if one else self.optimizers,
+            scheduler=self.schedulers[0] if one else self.schedulers,
             dataloader=self.loader,
             layout=self.layout,
             **configs,
@@ -400,12 +417,22 @@ class Training:
         """The losses of this start's steps."""
         pipeline, losses = Pipeline(self.model, self.groups), []
         for batch in trainer.iterations(train_iters):
-            self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
             losses.append(pipeline.step(batch))
-            self.optimizer.step()
-            self.scheduler.step()
+            for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
             trainer.train_state.consumed_train_samples += BATCH
         return losses
+
+
+def _trained(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Two groups, either of which may be empty: matrices decay, vectors do not."""
+    parameters = [parameter for _, parameter in named]
+    matrices = [each for each in parameters if each.dim() > 1]
+    vectors = [each for each in parameters if each.dim() == 1]
+    return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def main() -> None:
@@ -413,6 +440,7 @@ def main() -> None:
     parser.add_argument("--train-iters", type=int, default=20)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--save", default="ckpt-parallel")
+    parser.add_argument("--distributed-optimizer", action="store_true")
     for axis in ("tp", "pp", "cp", "ep"):
         parser.add_argument(f"--{axis}", type=int, default=1)
     args = parser.parse_args()
@@ -421,8 +449,13 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         distributed.init_process_group("gloo")
     layout = ParallelLayout(tp=args.tp, pp=args.pp, cp=args.cp, ep=args.ep)
-    checkpoint = resilience.CheckpointConfig(save=args.save, load=args.save, save_interval=10)
-    training = Training(layout, args.dropout)
+    checkpoint = resilience.CheckpointConfig(
+        save=args.save,
+        load=args.save,
+        save_interval=10,
+        dist_ckpt_optim_fully_reshardable=True,  # a distributed optimizer's state too goes under any layout
+    )
+    training = Training(layout, args.dropout, divided=args.distributed_optimizer)
     with training.trainer(checkpoint=checkpoint) as trainer:
         began = trainer.iteration
         losses = training.run(trainer, args.train_iters)

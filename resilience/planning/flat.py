@@ -10,7 +10,7 @@ these, a rank writes its part of the optimizer's state into the tensor's own sha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 __all__ = ["ALIGNMENT", "Box", "FlatBucket", "Placed", "boxes_of_range", "plan_buckets"]
@@ -54,20 +54,28 @@ class FlatBucket:
 
 
 def plan_buckets(
-    numels: Sequence[int], dtypes: Sequence[str], size: int, bucket_numel: int | None = None
+    numels: Sequence[int],
+    dtypes: Sequence[str],
+    size: int,
+    bucket_numel: int | None = None,
+    alone: Collection[int] = (),
 ) -> tuple[FlatBucket, ...]:
     """Buckets for `size` ranks, dtype by dtype in the order of first appearance.
 
     `bucket_numel`: a bucket is closed when it holds at least so many elements (None: one bucket for each dtype).
+    `alone`: the numbers of parameters that get a bucket for themselves.
     """
     assert len(numels) == len(dtypes), "one dtype for each parameter"
     buckets: list[FlatBucket] = []
     for dtype in dict.fromkeys(dtypes):
         placed: list[Placed] = []
         for index in reversed([index for index, its in enumerate(dtypes) if its == dtype]):
+            if placed and index in alone:
+                buckets.append(_closed(dtype, placed, size))
+                placed = []
             start = _up_to_multiple(placed[-1].stop, ALIGNMENT) if placed else 0
             placed.append(Placed(index, start, start + numels[index]))
-            if bucket_numel is not None and placed[-1].stop >= bucket_numel:
+            if index in alone or (bucket_numel is not None and placed[-1].stop >= bucket_numel):
                 buckets.append(_closed(dtype, placed, size))
                 placed = []
         if placed:

@@ -50,6 +50,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     `bucket_numel`: elements from which on a bucket is closed (None: one bucket for each dtype). `defaults` go to
     `optimizer_class`, which has to work element by element, as SGD, Adam and AdamW do.
 
+    A parameter that is tied over pipeline stages is trained by the groups of both: give it a true attribute
+    `shared_embedding`, as Megatron Core does. It then lies in a bucket of its own, and is divided alike everywhere.
+
     Collective: every rank of the group makes it, and calls `step`, in the same order. The parameters' data become views
     of the buckets: make it before anything else keeps views of them.
     """
@@ -74,7 +77,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._parameters = [_checked(each) for group in self.param_groups for each in group["params"]]
         dtypes = [str(each.dtype).removeprefix("torch.") for each in self._parameters]
         numels = [each.numel() for each in self._parameters]
-        self.buckets: tuple[FlatBucket, ...] = plan_buckets(numels, dtypes, self.size, bucket_numel)
+        # What several groups train has to be divided alike in all of them, whatever else each of them has.
+        shared = [n for n, each in enumerate(self._parameters) if getattr(each, "shared_embedding", False)]
+        self.buckets: tuple[FlatBucket, ...] = plan_buckets(numels, dtypes, self.size, bucket_numel, shared)
         self._flat = [self._moved_into_one(bucket) for bucket in self.buckets]
         self._mains = [self._main_of(number) for number in range(len(self.buckets))]
         self._slices: dict[torch.nn.Parameter, Slice] = {each.parameter: each for each in self._cut()}

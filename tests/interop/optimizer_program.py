@@ -49,7 +49,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--layout", default="fully_reshardable")
     parser.add_argument("--mem-efficient", action="store_true")
-    parser.add_argument("--layer-by-layer", action="store_true")
+    parser.add_argument("--bucket-size", type=int)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as meeting:
         mp.spawn(_rank, args=(options, meeting), nprocs=options.world)
@@ -114,7 +114,9 @@ class _Job:
             share_embeddings_and_output_weights=False,
         ).bfloat16()  # fmt: skip
         distributed = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=2000
+            use_distributed_optimizer=True,
+            bucket_size=options.bucket_size,
+            overlap_grad_reduce=options.bucket_size is not None,  # else there is one bucket, whatever its size
         )
         self.model = DistributedDataParallel(config, distributed, model)
         self.optimizer = get_megatron_optimizer(
@@ -131,13 +133,13 @@ class _Job:
             "distrib_optim_sharding_type": self.options.layout,
             "distrib_optim_fully_reshardable_mem_efficient": self.options.mem_efficient,
             "chained_optim_avoid_prefix": True,
-            "singleton_local_shards": self.options.layer_by_layer,
+            "singleton_local_shards": False,
         }
 
     def _tensors(self, content: dict[str, Any]) -> dict[str, Any]:
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-        described = self.model.sharded_state_dict(metadata=content)
+        described = self.model.module.sharded_state_dict(metadata=content)
         return {name: part for name, part in described.items() if isinstance(part, ShardedTensor)}
 
     def save(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Start:
     options: tuple[tuple[str, Any], ...] = ()
     run_id: str | None = None
     keep: bool = False  # what lies on the nodes, although the run has finished
+    divided: bool = False  # with a distributed optimizer
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def run(start: Start) -> list[Ran]:
 
 
 def work(rank: int, start: Start) -> Ran:
-    training = Training(ParallelLayout(**start.sizes), start.dropout)
+    training = Training(ParallelLayout(**start.sizes), start.dropout, divided=start.divided)
     interval = {"save_interval": start.every} if start.save else {}
     checkpoint = CheckpointConfig(save=start.save, load=start.load, **interval, **dict(start.options))
     resiliency = ResiliencyConfig(
@@ -77,7 +78,7 @@ def work(rank: int, start: Start) -> Ran:
     with training.trainer(checkpoint=checkpoint, resiliency=resiliency) as trainer:
         resumed = trainer.resumed_from
         parts = parts_of(trainer) if resumed else []
-        lr, consumed = training.scheduler.get_last_lr(), trainer.train_state.consumed_train_samples
+        lr, consumed = training.schedulers[0].get_last_lr(), trainer.train_state.consumed_train_samples
         position = trainer._state.loader.position()
         losses = training.run(trainer, start.steps)
     return Ran(
@@ -91,13 +92,13 @@ def parts_of(trainer: Any) -> list[Part]:
 
 
 def stored(root: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Every whole tensor of the model and the optimizer in a checkpoint."""
+    """Every whole tensor of the model and the optimizer in a checkpoint; second names of one are left out."""
     reader = open_checkpoint(root / folder_name(iteration), PosixFileSystem())
     try:
         wholes = {
             key: torch.empty(entry.global_shape, dtype=entry.dtype)
             for key, entry in reader.index.items()
-            if key.startswith(("model/", "optimizer/"))
+            if key.startswith(("model/", "optimizer/")) and key not in reader.aliases
         }
         reader.read([Target(key, whole, (0,) * whole.dim()) for key, whole in wholes.items()])
     finally:

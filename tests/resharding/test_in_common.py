@@ -51,9 +51,9 @@ def diverge(rank: int, save: str, memory: str, steps: int) -> tuple[int, int, to
         for batch in trainer.iterations(steps):
             if trainer.iteration == 3 and rank == 1:
                 norm.data.add_(1.0)
-            training.optimizer.zero_grad()
+            training.optimizers[0].zero_grad()
             pipeline.step(batch)
-            training.optimizer.step()
+            training.optimizers[0].step()
         return resumed, trainer.status()["failed_saves"], began, norm.detach().clone()
 
 

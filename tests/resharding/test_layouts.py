@@ -14,22 +14,25 @@ SAVED_AT, STEPS = 5, 9
 TOLERANCE = 2e-4
 
 TP2_PP2 = {"tp": 2, "pp": 2}
+Options = tuple[tuple[str, Any], ...]
+RESHARDABLE = ("dist_ckpt_optim_fully_reshardable", True)
 
 
 class Saved:
     """A run that saved at `SAVED_AT` and went on to `STEPS`: what others resume from and are compared with."""
 
-    def __init__(self, root: Path, memory: Path, sizes: Sizes) -> None:
-        self.root, self.memory = root, memory
-        self.losses = run(Start(sizes, str(memory), STEPS, save=str(root)))[0].losses
+    def __init__(self, root: Path, memory: Path, sizes: Sizes, options: Options = (), **fields: Any) -> None:
+        self.root, self.memory, self.fields = root, memory, fields
+        start = Start(sizes, str(memory), STEPS, save=str(root), options=(*options, RESHARDABLE), **fields)
+        self.losses = run(start)[0].losses
         self.wholes = stored(root, SAVED_AT)
 
-    def resume(self, sizes: Sizes, **fields: Any) -> list[Ran]:
-        options = (("ckpt_step", SAVED_AT),)
-        return run(Start(sizes, str(self.memory), STEPS, load=str(self.root), options=options, **fields))
+    def resume(self, sizes: Sizes, options: Options = ()) -> list[Ran]:
+        options = (("ckpt_step", SAVED_AT), *options)
+        return run(Start(sizes, str(self.memory), STEPS, load=str(self.root), options=options, **self.fields))
 
-    def check(self, sizes: Sizes) -> list[Ran]:
-        ranks = self.resume(sizes)
+    def check(self, sizes: Sizes, options: Options = ()) -> list[Ran]:
+        ranks = self.resume(sizes, options)
         assert {ran.resumed for ran in ranks} == {SAVED_AT}
         assert_ranks_hold(ranks, self.wholes)
         assert ranks[0].losses == pytest.approx(self.losses[SAVED_AT:], abs=TOLERANCE)
@@ -65,6 +68,10 @@ def test_the_same_layout_goes_on_to_the_bit(saved: Saved) -> None:
     assert {ran.notes for ran in ranks} == {()}
 
 
+def test_a_shared_load_under_another_layout_reads_the_same(saved: Saved) -> None:
+    saved.check({"dp": 2}, (("fully_parallel_load", True),))
+
+
 LAYOUTS: dict[str, Sizes] = {
     "tp2 pp2": TP2_PP2,
     "dp4": {"dp": 4},
@@ -94,3 +101,48 @@ def test_any_layout_goes_on_as_two_stages_of_two_and_as_another(tmp_path: Path, 
     before = Saved(tmp_path / "save", tmp_path / "memory", LAYOUTS[layout])
     before.check(TP2_PP2)
     before.check({"dp": 2, "ep": 2} if layout != "ep2 dp2" else {"cp": 2})
+
+
+@pytest.mark.long
+def test_four_data_parallel_ranks_share_the_load_of_two_stages_of_two(saved: Saved) -> None:
+    saved.check({"dp": 4}, (("fully_parallel_load", True),))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["dp4", "tp4", "ep2 dp2", "one"])
+def test_zarr_goes_on_under_any_layout(zarr: Saved, layout: str) -> None:
+    zarr.check(LAYOUTS[layout], (("fully_parallel_load", layout == "dp4"),))
+
+
+@pytest.fixture(scope="module")
+def zarr(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    options = (("ckpt_format", "zarr"),)
+    return Saved(tmp_path_factory.mktemp("save"), tmp_path_factory.mktemp("memory"), TP2_PP2, options)
+
+
+# -- a distributed optimizer ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("save"), tmp_path_factory.mktemp("memory"), TP2_PP2, divided=True)
+
+
+@pytest.mark.long
+def test_a_distributed_optimizer_takes_the_steps_that_an_undivided_one_does(saved: Saved, divided: Saved) -> None:
+    assert divided.losses == pytest.approx(saved.losses, abs=TOLERANCE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["tp2 pp2", "dp4", "ep2 dp2", "ep2 dp4", "pp4", "tp2 dp2", "cp2 dp2", "one"])
+def test_a_distributed_optimizer_goes_on_under_any_layout(divided: Saved, layout: str) -> None:
+    divided.check(LAYOUTS[layout])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [{"dp": 4}, {"dp": 2, "ep": 2}, {"pp": 2, "dp": 2}, {"pp": 4}, {"dp": 4, "ep": 2}])
+def test_any_layout_of_a_distributed_optimizer_goes_on_as_two_stages_of_two(tmp_path: Path, sizes: Sizes) -> None:
+    """Among them a tied embedding that two stages train, each with two ranks that share its state."""
+    before = Saved(tmp_path / "save", tmp_path / "memory", sizes, divided=True)
+    before.check(TP2_PP2)
+    before.check({"tp": 1})
