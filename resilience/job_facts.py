@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from resilience.formats.optimizer_common import FULLY_RESHARDABLE
-from resilience.planning.format_fit import JobFacts
+from resilience.config import CheckpointConfig
+from resilience.formats.optimizer_common import DP_RESHARDABLE, FULLY_RESHARDABLE, SHARDING_TYPE
+from resilience.planning.format_fit import JobFacts, in_buckets
 from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.tensors import is_dtensor
 from resilience.state.training_state import TrainingState
@@ -28,18 +29,14 @@ def job_facts(state: TrainingState) -> JobFacts:
     return JobFacts("torch_fsdp2" if sharded else "ddp", distributed)
 
 
-def content_metadata(state: TrainingState, *, mem_efficient: bool) -> dict[str, Any]:
-    """How the optimizer's state lies in a checkpoint, in Megatron Core's words.
-
-    Always the layout that any other one can be loaded from: the slices are written into the tensors' own shapes where
-    they are, so that this costs no more than the other one would.
-    """
+def content_metadata(state: TrainingState, checkpoint: CheckpointConfig) -> dict[str, Any]:
+    """How the optimizer's state lies in a checkpoint, in Megatron Core's words."""
     if not any(isinstance(optimizer, DistributedOptimizerState) for optimizer in state.optimizers):
         return {}
-    return {
-        "distrib_optim_sharding_type": FULLY_RESHARDABLE,
-        "distrib_optim_fully_reshardable_mem_efficient": mem_efficient,
-    }
+    if in_buckets(checkpoint.ckpt_format, fully_reshardable=checkpoint.dist_ckpt_optim_fully_reshardable):
+        return {SHARDING_TYPE: DP_RESHARDABLE}
+    mem_efficient = checkpoint.distrib_optim_fully_reshardable_mem_efficient
+    return {SHARDING_TYPE: FULLY_RESHARDABLE, "distrib_optim_fully_reshardable_mem_efficient": mem_efficient}
 
 
 def _is_called(found: Any, names: frozenset[str], package: str = "") -> bool:

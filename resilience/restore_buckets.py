@@ -16,12 +16,12 @@ import torch
 
 from resilience.errors import LayoutMismatchError
 from resilience.formats.keys import BUCKETS_PREFIX, stored_key
-from resilience.formats.optimizer_view import Flattened, LocalBlock, OptimizerView
+from resilience.formats.optimizer_view import OptimizerView
 from resilience.formats.protocol import CheckpointReader, StoredTensor, Target
-from resilience.planning.bucket_space import bucket_number, places_in_buckets
+from resilience.planning.bucket_space import Flattened, bucket_number, places_in_buckets
 from resilience.state.distributed_state import MAIN
+from resilience.state.flat_sharding import local_blocks
 from resilience.state.items import Item, blocks_of
-from resilience.state.sharding import Sharding, sharding_of
 from resilience.state.tensors import is_dtensor
 from resilience.state.training_state import TrainingState
 from resilience.state.tree import path_component
@@ -75,7 +75,8 @@ class Buckets:
                 f"in a form that is bound to them (dp_reshardable); here there are {tp * pp} (tp={tp}, pp={pp}).",
                 advice="Resume with the sizes of the save, or take the weights alone with load_optim=False.",
             )
-        number = bucket_number(*((layout.tp_rank or 0, layout.pp_rank or 0) if layout else (0, 0)), tp)
+        place = (layout.tp_rank or 0, layout.pp_rank or 0) if layout is not None else (0, 0)
+        number = bucket_number((place[0], tp), (place[1], pp))
         groups = f"optimizer.distributed.dp_group_idx_{number}.optimizer/shard_0_1"
         self.groups = self._reader.read_object(groups) if groups in self._reader.objects else None
         stored: _Stored = {}
@@ -96,7 +97,7 @@ class Buckets:
             lengths = [self._length(bucket, number) for bucket in buckets]
             places = places_in_buckets([parameter.numel() for _, parameter in named], lengths)
             for (path, parameter), place in zip(named, places, strict=True):
-                shape, whole, blocks = _blocks(parameter)
+                shape, whole, blocks = local_blocks(parameter)
                 yield (
                     path.split("/", 2)[2],
                     {
@@ -157,17 +158,3 @@ def _compare(view: OptimizerView, path: str, item: Item, weight: StoredTensor) -
         view.read([Target(f"{path}/{MAIN}", rounded, at), Target(path, stored, at)])
         if not torch.equal(rounded.to(weight.dtype), stored):
             raise LayoutMismatchError(f"the main parameters at the place of {path} are not its weights")
-
-
-def _blocks(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[LocalBlock, ...]]:
-    """Shape here, shape of the whole, and where the one lies in the other."""
-    shape, said = tuple(parameter.shape), sharding_of(parameter)
-    if said is None:
-        return shape, shape, (LocalBlock((0,) * len(shape), shape, (0,) * len(shape)),)
-    assert isinstance(said, Sharding), "a DTensor was refused"
-    blocks = []
-    for block in said.blocks:
-        start = tuple(block.start if axis == said.dim else 0 for axis in range(len(shape)))
-        sizes = tuple(block.length if axis == said.dim else length for axis, length in enumerate(shape))
-        blocks.append(LocalBlock(start, sizes, block.offsets))
-    return shape, said.global_shape, tuple(blocks)

@@ -17,8 +17,10 @@ import torch
 
 from resilience.errors import CorruptCopyError
 from resilience.formats.keys import OPTIMIZER_PREFIX
-from resilience.formats.optimizer_view import Flattened, OptimizerView
+from resilience.formats.optimizer_common import DP_RESHARDABLE, FULLY_RESHARDABLE, SHARDING_TYPE
+from resilience.formats.optimizer_view import OptimizerView
 from resilience.formats.protocol import CheckpointReader
+from resilience.planning.bucket_space import Flattened
 from resilience.planning.foreign_groups import TakenGroup, saved_groups, saved_step, take_groups
 from resilience.restore_buckets import Buckets
 from resilience.state.distributed_state import MAIN, DistributedOptimizerState
@@ -32,8 +34,7 @@ from resilience.state.tree import encode, path_component
 
 __all__ = ["Adopted", "adopt"]
 
-_BY_PARAMETER = (None, "fully_reshardable")
-_BY_BUCKET = "dp_reshardable"
+_BY_PARAMETER = (None, FULLY_RESHARDABLE)
 _MAINS = (MAIN, "fp32_param")
 _SHOWN = 5
 
@@ -106,7 +107,7 @@ class _Optimizers:
         self._common = common
         self._adopted = adopted
         content = common.get("content_metadata")
-        self._kind = content.get("distrib_optim_sharding_type") if isinstance(content, Mapping) else None
+        self._kind = content.get(SHARDING_TYPE) if isinstance(content, Mapping) else None
         collected = state.collect(("model",))
         self._items: dict[str, Item] = {item.key: item for item in collected.items}
         models = tree_of(collected.values)["model"]
@@ -145,14 +146,14 @@ class _Optimizers:
                 return f"a {_class(optimizer).__name__} does not keep what is stored (exp_avg, exp_avg_sq)"
             if "parameters" in optimizer.collect():
                 return "it trains parameters that belong to no model"
-        if self._kind in _BY_PARAMETER or self._kind == _BY_BUCKET:
+        if self._kind in _BY_PARAMETER or self._kind == DP_RESHARDABLE:
             return ""
         return f"the layout {self._kind!r} is read for the model only"
 
     def _look(self) -> str:
         """Find out what is stored where; why nothing can be taken."""
         stored: object = self._common.get("optimizer")
-        if self._kind == _BY_BUCKET:
+        if self._kind == DP_RESHARDABLE:
             buckets = Buckets(self._state, self._reader)
             self._stored, problem = buckets.found()
             if problem:

@@ -20,8 +20,10 @@ from resilience.config import CheckpointConfig
 from resilience.errors import CorruptCopyError, LayoutMismatchError, NoUsableSaveError, ResilienceError
 from resilience.formats.by_layer import LayeredReader
 from resilience.formats.folder_files import read_train_state
+from resilience.formats.in_buckets import lies_in_buckets, seen_by_parameter
 from resilience.formats.keys import MODEL_PREFIX, stored_key
 from resilience.formats.loader_files import read_loader
+from resilience.formats.optimizer_view import OptimizerView
 from resilience.formats.parallel_load import PeerFailedError, agree, read_together
 from resilience.formats.protocol import CheckpointReader, RankState, StateReader, Target
 from resilience.formats.strictness import KeyDifference, judge_keys, looks_at_missing
@@ -107,6 +109,7 @@ class Stager:
         self._source = reader
         self._reader = LayeredReader(reader, {}, ())  # the plan adds the names that are asked for here
         self._adopted: Adopted | None = None
+        self._by_parameter: OptimizerView | None = None
         self._chosen = chosen
         self._checkpoint = checkpoint
         self._open_base = open_base
@@ -167,6 +170,8 @@ class Stager:
         self._reader = LayeredReader(self._source, state.stored_places().bases, state.bases())
         model_alone = self._chosen.weights_only or self._release
         parts = self._parts()
+        if not model_alone and self._source.record is not None and "optimizer" in parts:
+            self._by_parameter = seen_by_parameter(state, self._reader) if lies_in_buckets(self._reader) else None
         own = None if model_alone else self._own(state, parts)
         if own is None:
             own, parts = self._without_rank_state(state, parts)
@@ -192,16 +197,17 @@ class Stager:
         direct = self._bring is not None
         staged, targets, base_targets = staging(plan, index, own, live, from_base, initial, direct=direct)
         asked = {self._stored_path(without_block(key)) for key in (*(key for key, _ in plan.targets), *live)}
-        asked |= {alias for alias, root in self._source.aliases.items() if root in asked}
+        asked |= {alias for alias, root in self._view.aliases.items() if root in asked}
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
 
     @property
     def _view(self) -> CheckpointReader:
-        """What tensors are read from: the checkpoint, or the checkpoint with the names that it was adopted under."""
-        return self._reader if self._adopted is None else self._adopted.reader
+        """What tensors are read from: the checkpoint, or the checkpoint with optimizer state under the names it has
+        here."""
+        return self._by_parameter or self._reader
 
     def _stored_path(self, key: str) -> str:
-        return key if self._adopted is None else self._adopted.reader.stored_path(key)
+        return key if self._by_parameter is None else self._by_parameter.stored_path(key)
 
     def _own(self, state: TrainingState, parts: Collection[str]) -> RankState | None:
         """What this rank saved; in another layout, what it would have saved there."""
@@ -212,7 +218,7 @@ class Stager:
         saved = None if own is None else layout_of(tree_of(own.values))
         if own is not None and record.world_size == layout.world_size and is_cut_alike(state, own.values, saved):
             return own
-        world = SavedWorld(record.world_size, reader.index, reader.rank_state, self._whole)
+        world = SavedWorld(record.world_size, self._view.index, reader.rank_state, self._whole)
         moved = recut(state, world, parts, self._chosen.save.iteration)
         self._notes = moved.notes
         return RankState(moved.values, moved.tensors)
@@ -262,6 +268,7 @@ class Stager:
             tree["rng"] = rng
         own = _rank_state(tree)
         self._adopted = adopted = adopt(state, reader, parts)
+        self._by_parameter = adopted.reader
         self._notes += tuple(adopted.notes)
         written = tree_of(own.values) | adopted.parts
         found = [part for part in PARTS if part in written]

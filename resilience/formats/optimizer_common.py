@@ -1,6 +1,7 @@
 """What `common.pt` says of optimizers, in Megatron Core's nesting, so that its optimizers find groups and step there.
 
-    a divided optimizer     {"optimizer": {"param_groups": [...]}, "param_state_sharding_type": ...}
+    a divided optimizer     {"optimizer": {"param_groups": [...]}, "param_state_sharding_type": "fully_reshardable"}
+      in buckets            {"param_state_sharding_type": "dp_reshardable"}: groups are stored for each place
     an undivided one        {"param_groups": [...], "state": {"common_step": ...}}
     several                 {0: ..., 1: ...}
 
@@ -21,9 +22,22 @@ from resilience.replication.communicator import Agreements
 from resilience.state.distributed_state import MAIN
 from resilience.state.tree import path_component
 
-__all__ = ["FULLY_RESHARDABLE", "groups_by_optimizer", "main_aliases", "optimizer_common", "with_steps"]
+__all__ = [
+    "DP_RESHARDABLE",
+    "FULLY_RESHARDABLE",
+    "SHARDING_TYPE",
+    "groups_by_optimizer",
+    "main_aliases",
+    "marked_groups",
+    "optimizer_common",
+    "with_steps",
+]
 
+#: In `content_metadata`; absent without a divided optimizer.
+SHARDING_TYPE = "distrib_optim_sharding_type"
+#: Whether the state of divided optimizers lies in the parameters' shapes, or in the optimizers' buckets.
 FULLY_RESHARDABLE = "fully_reshardable"
+DP_RESHARDABLE = "dp_reshardable"
 _STEP = "step"
 
 
@@ -46,10 +60,11 @@ def groups_by_optimizer(stored: Any) -> list[list[dict[str, Any]]]:
     return [groups for each in several for groups in groups_by_optimizer(each)]
 
 
-def with_steps(share: RankShare, group: Agreements) -> RankShare:
+def with_steps(share: RankShare, group: Agreements, positions: Mapping[str, int]) -> RankShare:
     """`share` with the step of each group, which is known to whichever rank writes it. Collective over all ranks.
 
     Of parameters that have taken different numbers of steps the highest counts: Megatron Core knows one for all.
+    `positions`: objects that have the groups of one optimizer, by key.
     """
     mine = _steps(share.chunks, share.values)
     steps: dict[str, int] = {}
@@ -57,12 +72,15 @@ def with_steps(share: RankShare, group: Agreements) -> RankShare:
         for place, step in json.loads(payload).items():
             steps[place] = max(step, steps.get(place, 0))
     stored = share.common.get("optimizer")
-    if not steps or stored is None:
-        return share
-    several = isinstance(stored, Mapping) and "optimizer" not in stored and "param_groups" not in stored
-    each_one = stored.items() if several else [(0, stored)]
-    stepped = {position: _stepped(one, position, steps) for position, one in each_one}
-    return replace(share, common={**share.common, "optimizer": stepped if several else stepped[0]})
+    if isinstance(stored, Mapping):
+        several = all(isinstance(key, int) for key in stored)
+        stepped = {key: _stepped(one, key, steps) for key, one in (stored.items() if several else [(0, stored)])}
+        share = replace(share, common={**share.common, "optimizer": stepped if several else stepped[0]})
+    objects = {
+        key: _stepped(one, positions[key], steps, divided=True) if key in positions else one
+        for key, one in share.objects.items()
+    }
+    return replace(share, objects=objects)
 
 
 def main_aliases(values: bytes) -> dict[str, str]:
@@ -88,8 +106,9 @@ def _chunk_and_name(name: str) -> tuple[int, str]:
     return (int(chunk) if chunk.isdigit() else 0), inside
 
 
-def _of(tree: Mapping[str, Any], sharding_type: str) -> dict[str, Any]:
-    groups = [dict(group) for group in tree["param_groups"]]
+def marked_groups(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with the multipliers by which Megatron Core tells groups apart."""
+    groups = [dict(group) for group in given]
     decays = [_number(group.get("weight_decay")) for group in groups]
     rates = [_number(group.get("initial_lr", group.get("lr"))) for group in groups]
     for group, decay, rate in zip(groups, decays, rates, strict=True):
@@ -97,7 +116,15 @@ def _of(tree: Mapping[str, Any], sharding_type: str) -> dict[str, Any]:
         group.setdefault("lr_mult", _share(rate, rates))
         group.setdefault("is_expert_parallel", False)
         group.setdefault("is_decoupled_lr", False)
-    if "slices" in tree:
+    return groups
+
+
+def _of(tree: Mapping[str, Any], sharding_type: str) -> dict[str, Any]:
+    divided = "slices" in tree
+    if divided and sharding_type == DP_RESHARDABLE:
+        return {"param_state_sharding_type": sharding_type}
+    groups = marked_groups(tree["param_groups"])
+    if divided:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": sharding_type}
     return {"param_groups": groups}
 
@@ -144,7 +171,7 @@ def _stepped(
     """One optimizer's entry with its steps. A group without any (no parameter of it was trained) has the others'."""
     if "optimizer" in one:
         return {**one, "optimizer": _stepped(one["optimizer"], position, steps, divided=True)}
-    groups = one["param_groups"]
+    groups = one.get("param_groups", ())
     known = [steps.get(f"{position}/{number}") for number in range(len(groups))]
     highest = max((step for step in known if step is not None), default=None)
     if highest is None:

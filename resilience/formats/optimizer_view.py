@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,47 +17,30 @@ import torch
 
 from resilience.errors import LayoutMismatchError
 from resilience.formats.protocol import CheckpointReader, RankState, StoredTensor, Target
-from resilience.planning.bucket_space import runs_of_box
+from resilience.planning.bucket_space import Flattened, common_box, runs_of_box
 from resilience.stores.shared_records import FolderRecord
 
-__all__ = ["Flattened", "LocalBlock", "OptimizerView"]
-
-
-@dataclass(frozen=True)
-class LocalBlock:
-    """A box of a rank's part of a tensor (`start`, `sizes`), and where it lies in the whole (`offsets`)."""
-
-    start: tuple[int, ...]
-    sizes: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Flattened:
-    """A rank's part of a tensor, of shape `shape`, lies in C order from element `start` of a one-dimensional one.
-
-    `blocks` say where it lies in the whole. Of the whole nothing else can be read.
-    """
-
-    stored: str
-    start: int
-    shape: tuple[int, ...]
-    global_shape: tuple[int, ...]
-    blocks: tuple[LocalBlock, ...]
+__all__ = ["OptimizerView"]
 
 
 class OptimizerView:
     """`reader` with other paths for some of its tensors; see `CheckpointReader`.
 
-    `renamed`: path here → path there. `flattened`: path here → its place in a bucket.
+    `renamed`: path here → path there. `flattened`: path here → its place in a bucket. `copies`: path of what is stored
+    → that of what has the same content, so that whoever asks for the one need not ask for the other.
     """
 
     def __init__(
-        self, reader: CheckpointReader, renamed: Mapping[str, str], flattened: Mapping[str, Flattened]
+        self,
+        reader: CheckpointReader,
+        renamed: Mapping[str, str],
+        flattened: Mapping[str, Flattened],
+        copies: Mapping[str, str] | None = None,
     ) -> None:
         self._reader = reader
         self._renamed = renamed
         self._flattened = flattened
+        self._copies = copies or {}
 
     @property
     def folder(self) -> Path:
@@ -78,7 +60,7 @@ class OptimizerView:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        return self._reader.aliases
+        return {**self._copies, **self._reader.aliases}
 
     @property
     def common(self) -> Mapping[str, Any]:
@@ -129,7 +111,7 @@ class OptimizerView:
         length = self._reader.index[flat.stored].global_shape
         found = 0
         for block in flat.blocks:
-            common = _common_box(block, target)
+            common = common_box(block, target.offsets, tuple(target.out.shape))
             if common is None:
                 continue
             inside, local, sizes = common
@@ -149,20 +131,3 @@ class OptimizerView:
                 f"{target.key} at {target.offsets} is not all in the buckets of this rank's place of tensor and "
                 f"pipeline parallelism in {self.folder}."
             )
-
-
-_Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-def _common_box(block: LocalBlock, target: Target) -> _Box | None:
-    """What a block and a target have in common: where in the target, where in the rank's part, how large."""
-    inside, local, sizes = [], [], []
-    wanted = zip(target.offsets, target.out.shape, strict=True)
-    for (first, count), at, start, size in zip(wanted, block.offsets, block.start, block.sizes, strict=True):
-        low, high = max(first, at), min(first + count, at + size)
-        if low >= high:
-            return None
-        inside.append(low - first)
-        local.append(low - at + start)
-        sizes.append(high - low)
-    return tuple(inside), tuple(local), tuple(sizes)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from resilience.errors import EvictedError, ResilienceError, SaveFailedError
 from resilience.formats.extras import Extras
+from resilience.formats.in_buckets import OwnBuckets, fill_gaps, group_objects, into_buckets
 from resilience.formats.in_common import check_in_common
 from resilience.formats.once import once
 from resilience.formats.optimizer_common import main_aliases, with_steps
@@ -24,6 +25,7 @@ from resilience.replication.communicator import Agreements
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.equality import Across
 from resilience.snapshot.layout import Layout, Piece
+from resilience.state.plain import plain_parts
 from resilience.state.reconcile import without_entries, without_parts
 from resilience.state.sharding import without_block
 from resilience.state.stored_place import StoredPlaces
@@ -40,7 +42,8 @@ __all__ = ["DrainJob", "DrainTarget", "SharedSaver", "chunks_of", "share_of"]
 class DrainTarget:
     """A directory that a save goes to. `keep`: how many checkpoints to keep there (None: all).
 
-    `leave_out`: parts of the state that the options exclude; `skip`: keys of the model that are not stored.
+    `leave_out`: parts of the state that the options exclude; `skip`: keys of the model that are not stored. `buckets`:
+    this rank's, where the state of divided optimizers is stored in buckets; None where it is not.
     """
 
     store: SharedStore
@@ -49,6 +52,7 @@ class DrainTarget:
     leave_out: tuple[str, ...] = ()
     skip: frozenset[str] = frozenset()
     tokenizer: bool = False
+    buckets: tuple[OwnBuckets, ...] | None = None
 
 
 #: What a rank adds to its tensors, given the values that it saves, its tensors by key, and whether the tokenizer goes
@@ -100,7 +104,10 @@ class SharedSaver:
                     problem = str(error) if told else f"{type(error).__name__}: {error}"
             self._agree(problem)
             check_in_common(_in_common(job, target), job.group_number, self._group)
-            share = with_steps(share, self._group)
+            buckets = target.buckets or ()
+            share = with_steps(share, self._group, {each.groups_key: each.position for each in buckets})
+            if target.buckets is not None:
+                share = fill_gaps(share, buckets, self._group)
             share = replace(share, chunks=once(share.chunks, self._group))
             folder = self._leader(lambda store=store: str(store.begin(job.save.iteration, job.save.attempt)))  # type: ignore[misc]
             self._form.save(Path(folder), share, target.meta, self._group, self._fs)
@@ -138,8 +145,10 @@ def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
     values = without_parts(job.values, target.leave_out)
     if skip:
         values = without_entries(values, skip)
-    aliases = {alias: job.aliases.get(root, root) for alias, root in main_aliases(values).items()}
-    aliases |= {alias: root for alias, root in job.aliases.items() if alias not in skip}
+    aliases = {alias: root for alias, root in job.aliases.items() if alias not in skip}
+    if target.buckets is None:
+        mains = {alias: job.aliases.get(root, root) for alias, root in main_aliases(values).items()}
+        aliases = {**mains, **aliases}
     own = {placed.piece.key: position for position, placed in enumerate(arena.layout.placed) if not placed.piece.shared}
 
     def tensor_of(key: str) -> torch.Tensor | None:
@@ -148,22 +157,36 @@ def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
 
     extras = job.make_extras(values, tensor_of, target.tokenizer)
     chunks = chunks_of(arena, arena.layout, job, leave_out=target.leave_out, skip=skip)
+    objects = dict(extras.objects)
+    if target.buckets:
+        pieces = chunks_of(arena, arena.layout, job, leave_out=target.leave_out, skip=skip, of_every_group=True)
+        chunks = into_buckets(chunks, pieces, target.buckets)
+        objects |= group_objects(plain_parts(values, ("optimizer",), tensor_of)["optimizer"], target.buckets)
     if job.places:
         chunks, aliases = under_stored_keys(chunks, aliases, job.places)
-    return RankShare(chunks, values, aliases, extras.files, extras.common, extras.objects)
+    return RankShare(chunks, values, aliases, extras.files, extras.common, objects)
 
 
 def chunks_of(
-    arena: Arena, layout: Layout, job: DrainJob, *, leave_out: Collection[str] = (), skip: Collection[str] = ()
+    arena: Arena,
+    layout: Layout,
+    job: DrainJob,
+    *,
+    leave_out: Collection[str] = (),
+    skip: Collection[str] = (),
+    of_every_group: bool = False,
 ) -> list[Chunk]:
-    """What this rank has to write: its rows of what the group shares, and all that is its own."""
+    """What this rank has to write: its rows of what the group shares, and all that is its own.
+
+    `of_every_group`: also what another group writes, if all groups have it alike.
+    """
     chunks: list[Chunk] = []
     whole: list[int] = []
     for position, placed in enumerate(layout.placed):
         piece, key = placed.piece, without_block(placed.piece.key)
         if key.split("/", 1)[0] in leave_out or key in skip:
             continue
-        if piece.shared and piece.key in job.across.elsewhere:
+        if piece.shared and piece.key in job.across.elsewhere and not of_every_group:
             continue
         if piece.shared and not job.split:
             whole.append(position)

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from resilience.errors import LayoutMismatchError
 from resilience.planning.flat import ALIGNMENT
 
-__all__ = ["InBucket", "Run", "bucket_number", "places_in_buckets", "runs_of_box"]
+__all__ = [
+    "Flattened",
+    "InBucket",
+    "LocalBlock",
+    "Run",
+    "bucket_number",
+    "common_box",
+    "places_in_buckets",
+    "runs_of_box",
+    "stem_of",
+]
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,47 @@ class Run:
     length: int
 
 
-def bucket_number(tp_rank: int, pp_rank: int, tp: int) -> int:
-    """Which buckets belong to the ranks at a place of tensor and pipeline parallelism: Megatron's `dp_group_idx`."""
-    return tp_rank + tp * pp_rank
+@dataclass(frozen=True)
+class LocalBlock:
+    """A box of a rank's part of a tensor (`start`, `sizes`), and where it lies in the whole (`offsets`)."""
+
+    start: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flattened:
+    """A rank's part of a tensor, of shape `shape`, lies in C order in a one-dimensional one, `stored`, from `start` on.
+
+    `blocks` say where it lies in the whole. Of the whole nothing else is there.
+    """
+
+    stored: str
+    start: int
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    blocks: tuple[LocalBlock, ...]
+
+
+def bucket_number(tp: tuple[int, int], pp: tuple[int, int], ep: tuple[int, int] = (0, 1)) -> int:
+    """Which buckets belong to the ranks at a place of the model: Megatron's `dp_group_idx`. Each place as (rank, size).
+
+    `ep` for an optimizer of experts alone, whose ranks differ in the experts that they have.
+    """
+    return tp[0] + tp[1] * (ep[0] + ep[1] * pp[0])
+
+
+def stem_of(number: int, buffer: int, dtype: str, bucket: int, chained: int | None = None) -> str:
+    """What the keys of a bucket's tensors begin with; `dtype` of its parameters, gradients are float32.
+
+    `chained`: the optimizer's position, where there are several.
+    """
+    prefix = "" if chained is None else f"chained_{chained}."
+    return (
+        f"{prefix}optimizer.distributed.dp_group_idx_{number}.gbuf_idx_{buffer}"
+        f".dtype_(torch.{dtype}, torch.float32).bucket_idx_{bucket}"
+    )
 
 
 def places_in_buckets(numels: Sequence[int], lengths: Sequence[int]) -> list[InBucket]:
@@ -60,6 +108,22 @@ def places_in_buckets(numels: Sequence[int], lengths: Sequence[int]) -> list[InB
     if bucket != len(lengths):
         raise LayoutMismatchError(f"the parameters fill {bucket} of {len(lengths)} buckets only")
     return [places[index] for index in range(len(numels))]
+
+
+_Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def common_box(block: LocalBlock, offsets: Sequence[int], sizes: Sequence[int]) -> _Box | None:
+    """What a block and a box of the whole have in common: where in the box, where in the rank's part, how large."""
+    inside, local, lengths = [], [], []
+    for first, count, at, start, size in zip(offsets, sizes, block.offsets, block.start, block.sizes, strict=True):
+        low, high = max(first, at), min(first + count, at + size)
+        if low >= high:
+            return None
+        inside.append(low - first)
+        local.append(low - at + start)
+        lengths.append(high - low)
+    return tuple(inside), tuple(local), tuple(lengths)
 
 
 def runs_of_box(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[Run]:

@@ -20,7 +20,7 @@ from typing import Literal
 
 from resilience.errors import ConfigError
 
-__all__ = ["JobFacts", "ModelKind", "check_format"]
+__all__ = ["JobFacts", "ModelKind", "check_format", "in_buckets"]
 
 #: "ddp": plain tensors, wrapped or not. "torch_fsdp2": some parameters are DTensors.
 ModelKind = Literal["ddp", "megatron_fsdp", "torch_fsdp2"]
@@ -39,10 +39,11 @@ class _Row:
     models: frozenset[ModelKind]
     distributed_optimizer: bool
     async_save: bool
+    buckets: bool = False  # a distributed optimizer's state may lie as the optimizer has it
 
 
 _TABLE: Mapping[str, _Row] = {
-    "torch_dist": _Row(frozenset({"ddp", "torch_fsdp2"}), distributed_optimizer=True, async_save=True),
+    "torch_dist": _Row(frozenset({"ddp", "torch_fsdp2"}), distributed_optimizer=True, async_save=True, buckets=True),
     "zarr": _Row(frozenset({"ddp", "torch_fsdp2"}), distributed_optimizer=True, async_save=False),
     "fsdp_dtensor": _Row(frozenset({"megatron_fsdp", "torch_fsdp2"}), distributed_optimizer=False, async_save=False),
 }
@@ -51,6 +52,14 @@ _MODELS: Mapping[ModelKind, str] = {
     "megatron_fsdp": "a model of Megatron's FSDP",
     "torch_fsdp2": "a model of DTensors (torch's FSDP2)",
 }
+
+
+def in_buckets(ckpt_format: str, *, fully_reshardable: bool) -> bool:
+    """Whether a distributed optimizer's state is stored in its buckets, which only the data-parallel size may leave.
+
+    Only Megatron's own format has them; in any other the state is always fully reshardable.
+    """
+    return _TABLE[ckpt_format].buckets and not fully_reshardable
 
 
 def check_format(ckpt_format: str, facts: JobFacts, *, async_save: bool) -> None:

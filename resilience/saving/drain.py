@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -11,7 +13,9 @@ from resilience.assembly import Start
 from resilience.config import CheckpointConfig
 from resilience.errors import EvictedError, ResilienceError, StoreError
 from resilience.formats.extras import Extras, extras_of
+from resilience.formats.in_buckets import OwnBuckets, own_buckets
 from resilience.formats.megatron_objects import rng_key, writes_rng
+from resilience.formats.optimizer_common import DP_RESHARDABLE, FULLY_RESHARDABLE, SHARDING_TYPE
 from resilience.formats.protocol import SaveMeta
 from resilience.formats.saver import DrainJob, DrainTarget, SharedSaver
 from resilience.job_facts import content_metadata
@@ -113,17 +117,28 @@ class Drain:
             self._start.job.world_size, state.train_state.to_dict(), state.run_config,
             tp=layout.tp if layout else None, pp=layout.pp if layout else None,
             fully_parallel_save=config.fully_parallel_save,
-            content=content_metadata(state, mem_efficient=config.distrib_optim_fully_reshardable_mem_efficient),
+            content=self._content,
         )  # fmt: skip
+        buckets = self._buckets
         if wish.to_global:
-            yield DrainTarget(self._start.shared.stores["global"], 2, meta)
+            yield DrainTarget(self._start.shared.stores["global"], 2, meta, buckets=buckets)
         if wish.persistent:
             leave_out: tuple[str, ...] = () if config.save_optim else ("optimizer", "scheduler")
             leave_out += () if config.save_rng else ("rng",)
             meta = replace(meta, save_optim=config.save_optim, save_rng=config.save_rng)
             skip = frozenset() if self._save_frozen else state.frozen_keys()
             store = self._start.shared.stores["save"]
-            yield DrainTarget(store, keep_persistent, meta, leave_out, skip, config.save_tokenizer_assets)
+            buckets = buckets if config.save_optim else None
+            yield DrainTarget(store, keep_persistent, meta, leave_out, skip, config.save_tokenizer_assets, buckets)
+
+    @cached_property
+    def _content(self) -> Mapping[str, Any]:
+        return content_metadata(self._state, self._checkpoint)
+
+    @cached_property
+    def _buckets(self) -> tuple[OwnBuckets, ...] | None:
+        """This rank's, if that is where optimizer state is stored. Asked for on the training thread first."""
+        return own_buckets(self._state) if self._content.get(SHARDING_TYPE) == DP_RESHARDABLE else None
 
     def _extras(self, values: bytes, tensor_of: Callable[[str], torch.Tensor | None], tokenizer: bool) -> Extras:
         """What this rank adds to its tensors. In the drain lane."""
@@ -134,6 +149,7 @@ class Drain:
             values, tensor_of, loader_rank=place.dp_rank if writes_loader else None, leads=job.rank == 0,
             rng=rng_key(place) if writes_rng(place) else None, extra_state=self._state.extra_state_keys(),
             tokenizer=self._tokenizer_files if tokenizer else dict,
+            sharding_type=self._content.get(SHARDING_TYPE, FULLY_RESHARDABLE),
         )  # fmt: skip
 
     def _tokenizer_files(self) -> dict[str, bytes]:

@@ -1,16 +1,18 @@
 """What of a `DistributedOptimizer` is state: the slices that this rank keeps, by the parameters' names.
 
     {"state": {name: {"param": slice, "exp_avg": slice, "step": …}}, "param_groups": […],
-     "slices": {name: [start, stop]}}
+     "slices": {name: [start, stop]}, "buckets": {"ranks": 4, "dtypes": […], "of": {name: [buffer, bucket, start]}}}
 
 `param` is the main parameter, where the model's is not float32 itself. A slice is one-dimensional; `shardings` says
 where it lies in the whole, so that a checkpoint has the tensors of an undivided optimizer. `param_groups` name the
-parameters of all ranks. `slices` tells a state of one division from that of another.
+parameters of all ranks. `slices` tells a state of one division from that of another. `buckets` says where the whole of
+each parameter of this place lies: who finds the state in buckets (`formats/in_buckets.py`) goes by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +44,24 @@ class DistributedOptimizerState:
             main = {MAIN: part.main.detach()} if part.parameter.dtype != torch.float32 else {}
             if found := {**main, **self.optimizer.state_of(part)}:
                 state[name] = found
-        return {"state": state, "param_groups": self._groups(), "slices": self._slices()}
+        return {
+            "state": state,
+            "param_groups": self._groups(),
+            "slices": self._slices(),
+            "buckets": self._buckets,
+        }
+
+    @cached_property
+    def _buckets(self) -> dict[str, Any]:
+        """How the parameters lie in the buckets, of which there is one row (a buffer) for each dtype."""
+        names, dtypes = [*self._names().values()], dict[str, int]()
+        of: dict[str, list[int]] = {}
+        for bucket in self.optimizer.buckets:
+            number = dtypes.setdefault(bucket.dtype, 0)
+            buffer = list(dtypes).index(bucket.dtype)
+            of |= {names[placed.index]: [buffer, number, placed.start] for placed in bucket.placed}
+            dtypes[bucket.dtype] += 1
+        return {"ranks": self.optimizer.size, "dtypes": list(dtypes), "of": of}
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """All parameters by name, also those of which other ranks alone keep something."""

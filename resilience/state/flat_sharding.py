@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from resilience.planning.bucket_space import LocalBlock
 from resilience.planning.flat import Box, boxes_of_range
-from resilience.state.sharding import Sharding, block_key
+from resilience.state.sharding import Sharding, block_key, sharding_of
 
-__all__ = ["FlatBlock", "FlatSharding", "flat_sharding"]
+__all__ = ["FlatBlock", "FlatSharding", "flat_sharding", "local_blocks"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,16 @@ def _placed(box: Box, said: Sharding) -> Iterator[FlatBlock]:
         inside = [first - block.start if axis == dim else start for axis, start in enumerate(box.offsets)]
         offsets = tuple(place + start for place, start in zip(block.offsets, inside, strict=True))
         yield FlatBlock(box.start, box.start + box.length, box.shape, dim, first - begin, last - first, offsets)
+
+
+def local_blocks(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[LocalBlock, ...]]:
+    """Shape of a plain parameter here, shape of the whole that it is a part of, and where the one lies in the other."""
+    shape, said = tuple(parameter.shape), sharding_of(parameter)
+    if said is None:
+        return shape, shape, (LocalBlock((0,) * len(shape), shape, (0,) * len(shape)),)
+    blocks = []
+    for block in said.blocks:
+        start = tuple(block.start if axis == said.dim else 0 for axis in range(len(shape)))
+        sizes = tuple(block.length if axis == said.dim else length for axis, length in enumerate(shape))
+        blocks.append(LocalBlock(start, sizes, block.offsets))
+    return shape, said.global_shape, tuple(blocks)

@@ -60,6 +60,7 @@ class Way:
     options: tuple[tuple[str, Any], ...] = ()
     kill_at: int = -1
     run_id: str | None = None
+    in_buckets: bool = False  # how a divided optimizer's state is stored
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,11 @@ def work(rank: int, way: Way) -> Ran:
         model,
         optimizer,
         layout=layout,
-        checkpoint=CheckpointConfig(save=way.save, load=way.load, **dict(way.options)),
+        checkpoint=CheckpointConfig(
+            save=way.save,
+            load=way.load,
+            **{"dist_ckpt_optim_fully_reshardable": not way.in_buckets, **dict(way.options)},
+        ),
         resiliency=ResiliencyConfig(memory_dir=way.memory, run_id=way.run_id, exchange_timeout_s=60.0),
     ) as trainer:
         resumed = trainer.resumed_from
