@@ -142,13 +142,14 @@ class CheckpointConfig:
     # distributed optimizer
     dist_ckpt_optim_fully_reshardable: bool = setting(
         False,
-        "In Megatron Bridge: store the distributed optimizer's state so that tensor, pipeline, expert and data "
-        "parallel sizes may all change, not the data-parallel one only. Ours is always stored so, whatever is given.",
+        "Store a distributed optimizer's state in the parameters' own shapes, so that tensor, pipeline, expert and data "
+        "parallel sizes may all change; else it lies in the optimizer's buckets, and only the data-parallel size may. "
+        "`zarr` has no buckets: there it is always reshardable.",
     )
     distrib_optim_fully_reshardable_mem_efficient: bool = setting(
         False,
-        "In Megatron Bridge: use less memory for that. Ours gathers nothing either way. Alone, without "
-        "`dist_ckpt_optim_fully_reshardable`, it is warned of.",
+        "In Megatron Bridge: use less memory for that, by gathering one parameter at a time over gloo. Ours gathers "
+        "nothing either way. Alone, without `dist_ckpt_optim_fully_reshardable`, it is warned of.",
     )
 
     def __post_init__(self) -> None:

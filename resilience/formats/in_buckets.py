@@ -116,7 +116,8 @@ def _own(
     each: DistributedOptimizerState, state: TrainingState, layout: ParallelLayout, chained: int | None
 ) -> OwnBuckets:
     optimizer, named = each.optimizer, each.parameters()
-    names = list(named)
+    names_by_id = {id(parameter): name for name, parameter in named.items()}
+    names = [names_by_id[id(parameter)] for parameter in optimizer.laid_out]
     place = _number(layout, optimizer.size)
     parameters: dict[str, Flattened] = {}
     weights: dict[str, str] = {}
@@ -336,8 +337,8 @@ def _check_fits(reader: CheckpointReader, flat: Flattened, name: str) -> None:
     length = math.prod(reader.index[flat.stored].global_shape)
     if flat.start + math.prod(flat.shape) > length:
         raise LayoutMismatchError(
-            f"the optimizer's state of {name} in {reader.folder} does not lie in its bucket, at {flat.start} of {length}: "
-            f"the parameter has another shape now, {list(flat.shape)}."
+            f"the optimizer's state of {name} in {reader.folder} does not lie in its bucket of {length} elements, at "
+            f"{flat.start}: the parameter has another shape now, {list(flat.shape)}."
         )
 
 

@@ -47,8 +47,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """`optimizer_class` over this rank's part of the parameters; groups and hyperparameters as of any optimizer.
 
     `process_group`: the ranks that share the state (default: all; without torch.distributed this process alone).
-    `bucket_numel`: elements from which on a bucket is closed (None: one bucket for each dtype). `defaults` go to
-    `optimizer_class`, which has to work element by element, as SGD, Adam and AdamW do.
+    `bucket_numel`: elements from which on a bucket is closed (None: one bucket for each dtype). `order`: the same
+    parameters in the order in which they are laid out (default: that of the groups); with `model.parameters()` it is
+    Megatron Core's. `defaults` go to `optimizer_class`, which has to work element by element, as SGD, Adam and AdamW
+    do.
 
     A parameter that is tied over pipeline stages is trained by the groups of both: give it a true attribute
     `shared_embedding`, as Megatron Core does. It then lies in a bucket of its own, and is divided alike everywhere.
@@ -64,6 +66,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         *,
         process_group: dist.ProcessGroup | None = None,
         bucket_numel: int | None = None,
+        order: Iterable[torch.nn.Parameter] | None = None,
         **defaults: Any,
     ) -> None:
         if bucket_numel is not None and bucket_numel < 1:
@@ -74,11 +77,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
         alone = not dist.is_initialized()
         self.rank = 0 if alone else dist.get_rank(process_group)
         self.size = 1 if alone else dist.get_world_size(process_group)
-        self._parameters = [_checked(each) for group in self.param_groups for each in group["params"]]
-        dtypes = [str(each.dtype).removeprefix("torch.") for each in self._parameters]
-        numels = [each.numel() for each in self._parameters]
+        grouped = [_checked(each) for group in self.param_groups for each in group["params"]]
+        self.laid_out = grouped if order is None else list(order)
+        if {*map(id, self.laid_out)} != {*map(id, grouped)} or len(self.laid_out) != len(grouped):
+            raise ConfigError(
+                f"order has {len(self.laid_out)} parameters, and they are not the {len(grouped)} that are trained."
+            )
+        dtypes = [str(each.dtype).removeprefix("torch.") for each in self.laid_out]
+        numels = [each.numel() for each in self.laid_out]
         # What several groups train has to be divided alike in all of them, whatever else each of them has.
-        shared = [n for n, each in enumerate(self._parameters) if getattr(each, "shared_embedding", False)]
+        shared = [n for n, each in enumerate(self.laid_out) if getattr(each, "shared_embedding", False)]
         self.buckets: tuple[FlatBucket, ...] = plan_buckets(numels, dtypes, self.size, bucket_numel, shared)
         self._flat = [self._moved_into_one(bucket) for bucket in self.buckets]
         self._mains = [self._main_of(number) for number in range(len(self.buckets))]
@@ -97,7 +105,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def slices(self) -> Iterator[Slice]:
         """What this rank keeps, in the order of the groups; parameters of which it keeps nothing are left out."""
-        return (self._slices[each] for each in self._parameters if each in self._slices)
+        trained = (each for group in self.param_groups for each in group["params"])
+        return (self._slices[each] for each in trained if each in self._slices)
 
     def state_of(self, part: Slice) -> dict[str, Any]:
         """The inner optimizer's state of a part: tensors of its length, and scalars; empty before the first step."""
@@ -159,10 +168,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _moved_into_one(self, bucket: FlatBucket) -> torch.Tensor:
         """A buffer that the bucket's parameters are views of from now on; the gaps are zeros."""
-        first = self._parameters[bucket.placed[0].index]
+        first = self.laid_out[bucket.placed[0].index]
         flat = torch.zeros(bucket.numel, dtype=first.dtype, device=first.device)
         for placed in bucket.placed:
-            parameter = self._parameters[placed.index]
+            parameter = self.laid_out[placed.index]
             part = flat[placed.start : placed.stop].view(parameter.shape)
             part.copy_(parameter.detach())
             parameter.data = part
@@ -180,7 +189,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 start, stop = max(placed.start, share.start), min(placed.stop, share.stop)
                 if start >= stop:
                     continue
-                parameter = self._parameters[placed.index]
+                parameter = self.laid_out[placed.index]
                 part = main[start - share.start : stop - share.start]
                 part = torch.nn.Parameter(part if parameter.dim() else part.view(()), requires_grad=True)
                 yield Slice(parameter, start - placed.start, stop - placed.start, part, number, start)

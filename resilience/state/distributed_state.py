@@ -54,7 +54,8 @@ class DistributedOptimizerState:
     @cached_property
     def _buckets(self) -> dict[str, Any]:
         """How the parameters lie in the buckets, of which there is one row (a buffer) for each dtype."""
-        names, dtypes = [*self._names().values()], dict[str, int]()
+        names = [self._names()[each] for each in self.optimizer.laid_out]
+        dtypes: dict[str, int] = {}
         of: dict[str, list[int]] = {}
         for bucket in self.optimizer.buckets:
             number = dtypes.setdefault(bucket.dtype, 0)

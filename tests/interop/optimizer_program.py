@@ -2,6 +2,8 @@
 
     python optimizer_program.py save FOLDER --tp 2 --pp 1 --world 4 --layout dp_reshardable
     python optimizer_program.py load FOLDER --tp 1 --pp 2 --world 2
+    python optimizer_program.py ours-save ROOT …          the same with this package's optimizer and trainer
+    python optimizer_program.py ours-load ROOT …
 
 A GPT under Megatron's DDP with `get_megatron_optimizer`, saved and loaded by its `sharded_state_dict` and
 `dist_checkpointing`; the layout of a load is the one that the checkpoint's `content_metadata` names. Nothing of
@@ -43,7 +45,7 @@ def moment(kind: str, key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["save", "load"])
+    parser.add_argument("what", choices=["save", "load", "ours-save", "ours-load"])
     parser.add_argument("folder", type=Path)
     for name in ("tp", "pp", "world"):
         parser.add_argument(f"--{name}", type=int, default=1)
@@ -62,7 +64,7 @@ def _rank(rank: int, options: argparse.Namespace, meeting: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=options.world, init_method=f"file://{meeting}/store")
     _pretend_a_gpu()
     job = _Job(options)
-    told = job.save() if options.what == "save" else job.load()
+    told = getattr(job, options.what.replace("-", "_"))()
     parts: list[Any] = [None] * options.world
     dist.all_gather_object(parts, told)
     if rank == 0:
@@ -118,14 +120,15 @@ class _Job:
             bucket_size=options.bucket_size,
             overlap_grad_reduce=options.bucket_size is not None,  # else there is one bucket, whatever its size
         )
+        self.inner = model
+        if options.what.startswith("ours"):
+            return
         self.model = DistributedDataParallel(config, distributed, model)
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam", lr=LR, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True,
-                weight_decay=0.25,
-            ),
-            [self.model],
+        adam = OptimizerConfig(
+            optimizer="adam", lr=LR, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True,
+            weight_decay=0.25,
         )  # fmt: skip
+        self.optimizer = get_megatron_optimizer(adam, [self.model])
         (self.divided,) = self.optimizer.chained_optimizers
 
     def _content(self) -> dict[str, Any]:
@@ -139,7 +142,7 @@ class _Job:
     def _tensors(self, content: dict[str, Any]) -> dict[str, Any]:
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-        described = self.model.module.sharded_state_dict(metadata=content)
+        described = self.inner.sharded_state_dict(metadata=content)
         return {name: part for name, part in described.items() if isinstance(part, ShardedTensor)}
 
     def save(self) -> dict[str, Any]:
@@ -150,8 +153,9 @@ class _Job:
         tensors = self._tensors(content)
         by_tensor = {id(part.data): part for part in tensors.values()}  # a save lets go of the tensors
         order = [by_tensor[id(parameter)] for parameter in self.model.parameters()]
-        for parameter, part, flat in self._kept(tensors):
+        for parameter, part in zip(self.model.parameters(), order, strict=True):
             parameter.detach().copy_(self._expected(part, "param").to(torch.bfloat16))
+        for parameter, part, flat in self._kept(tensors):
             state = {kind: self._expected(part, kind).flatten()[flat] for kind in ("param", *MOMENTS)}
             self.divided._set_main_param_and_optimizer_states(parameter, {**state, "step": torch.tensor(float(STEP))})
         if dist.get_rank() == 0:
@@ -190,6 +194,73 @@ class _Job:
             checked += 1
         groups = [[group["lr"], group["weight_decay"]] for group in self.optimizer.param_groups]
         return {"checked": checked, "groups": groups, "layout": content["distrib_optim_sharding_type"]}
+
+    # -- the same with this package -----------------------------------------------------------------------------------
+
+    def _trainer(self, **options: Any) -> Any:
+        from megatron.core import parallel_state
+
+        import resilience
+
+        decayed = [each for each in self.inner.parameters() if each.dim() > 1]
+        rest = [each for each in self.inner.parameters() if each.dim() == 1]
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.ours = resilience.DistributedOptimizer(
+            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}], torch.optim.AdamW, process_group=group,
+            order=self.inner.parameters(), lr=LR, weight_decay=0.25,
+        )  # fmt: skip
+        checkpoint = resilience.CheckpointConfig(
+            dist_ckpt_optim_fully_reshardable=self.options.layout == "fully_reshardable", **options
+        )
+        resiliency = resilience.ResiliencyConfig(memory_dir=f"{self.options.folder}-memory")
+        layout = resilience.ParallelLayout(tp=self.options.tp, pp=self.options.pp)
+        return resilience.ResilientTrainer(
+            self.inner, self.ours, layout=layout, checkpoint=checkpoint, resiliency=resiliency
+        )
+
+    def ours_save(self) -> dict[str, Any]:
+        by_tensor = {id(part.data): part for part in self._tensors(self._content()).values()}
+        with self._trainer(save=str(self.options.folder)) as trainer:
+            for step in trainer.iterations(STEP):
+                for parameter in self.inner.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                self.ours.step()
+                if step == STEP:
+                    self._fill(by_tensor)
+        return {"saved": STEP}
+
+    def _fill(self, by_tensor: dict[int, Any]) -> None:
+        with torch.no_grad():
+            for parameter in self.inner.parameters():
+                parameter.copy_(self._expected(by_tensor[id(parameter)], "param").to(torch.bfloat16))
+            for kept in self.ours.slices():
+                part, flat = by_tensor[id(kept.parameter)], slice(kept.start, kept.stop)
+                kept.main.copy_(self._expected(part, "param").flatten()[flat])
+                for kind in MOMENTS:
+                    self.ours.state_of(kept)[kind].copy_(self._expected(part, kind).flatten()[flat])
+
+    def ours_load(self) -> dict[str, Any]:
+        by_tensor = {id(part.data): part for part in self._tensors(self._content()).values()}
+        checked = 0
+        with self._trainer(load=str(self.options.folder)) as trainer:
+            found = trainer.resumed_from
+            if found is None or any("optimizer" in note for note in found.notes):
+                raise AssertionError(f"not all was taken: {found}")
+            for kept in self.ours.slices():
+                part, flat = by_tensor[id(kept.parameter)], slice(kept.start, kept.stop)
+                weight = self._expected(part, "param").to(torch.bfloat16)
+                if not torch.equal(kept.parameter, weight):
+                    raise AssertionError(f"{part.key} differs")
+                state = {"param": kept.main, **self.ours.state_of(kept)}
+                for kind in ("param", *MOMENTS):
+                    if not torch.equal(state[kind].flatten(), self._expected(part, kind).flatten()[flat]):
+                        raise AssertionError(f"{kind} of {part.key} differs")
+                if state["step"] != STEP:
+                    raise AssertionError(f"the step of {part.key} is {state['step']}")
+                checked += 1
+        groups = [[group["lr"], group["weight_decay"]] for group in self.ours.param_groups]
+        notes = list(found.notes) if found is not None else []
+        return {"iteration": found and found.iteration, "checked": checked, "groups": groups, "notes": notes}
 
     def _kept(self, tensors: dict[str, Any]) -> Any:
         """Parameter, its part of the whole, and which of its elements this rank keeps the state of."""
