@@ -142,9 +142,9 @@ class CheckpointConfig:
     # distributed optimizer
     dist_ckpt_optim_fully_reshardable: bool = setting(
         False,
-        "Store a distributed optimizer's state in the parameters' own shapes, so that tensor, pipeline, expert and data "
-        "parallel sizes may all change; else it lies in the optimizer's buckets, and only the data-parallel size may. "
-        "`zarr` has no buckets: there it is always reshardable.",
+        "Store a distributed optimizer's state in the parameters' own shapes, so that tensor, pipeline, expert and "
+        "data parallel sizes may all change; else it lies in the optimizer's buckets, and only the data-parallel size "
+        "may. `zarr` has no buckets: there it is always reshardable.",
     )
     distrib_optim_fully_reshardable_mem_efficient: bool = setting(
         False,

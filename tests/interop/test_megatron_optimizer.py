@@ -1,4 +1,4 @@
-"""Megatron Core's real distributed optimizer and ours go on from each other's checkpoints, in both layouts, bit for bit.
+"""Megatron Core's real distributed optimizer and ours go on from each other's checkpoints in both layouts, to the bit.
 
 Both run as a program of their own (`optimizer_program.py`) over the same Megatron GPT; every main parameter, moment and
 step follows from its key and its place, so that each side knows what it has to find.
