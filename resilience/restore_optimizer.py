@@ -208,6 +208,8 @@ class _Optimizers:
         for name, value in taken.values.items():
             here = group[name]
             group[name] = torch.full_like(here, value) if isinstance(here, torch.Tensor) else value
+        if not taken.alike:
+            self._notes.append(f"{where}: its hyperparameters stay as they are here: no stored group is like it")
         if taken.disputed:
             self._notes.append(
                 f"{where}: {', '.join(taken.disputed)} stay as they are here: the stored groups differ in them"

@@ -22,11 +22,12 @@ _NOT_TAKEN = frozenset({"params", "step", "initial_lr", *IDENTIFIERS})
 
 @dataclass(frozen=True)
 class TakenGroup:
-    """Of one group here: the values that it takes over, and what its candidates disagree about. `step`: of the last of
-    them; None if none says."""
+    """Of one group here: the values that it takes over, and what its candidates disagree about. `alike`: whether it has
+    any. `step`: the highest of theirs, or else of all; None if none says."""
 
     values: Mapping[str, Any]
     disputed: tuple[str, ...]
+    alike: bool
     step: int | None
 
 
@@ -60,10 +61,10 @@ def saved_step(stored: object) -> int | None:
 
 def take_groups(live: Sequence[Group], saved: Sequence[Group]) -> list[TakenGroup]:
     """For each live group what it takes over from the saved ones."""
-    return [_take(group, _candidates(group, live, saved)) for group in live]
+    return [_take(group, _candidates(group, live, saved), saved) for group in live]
 
 
-def _take(live: Group, candidates: Sequence[Group]) -> TakenGroup:
+def _take(live: Group, candidates: Sequence[Group], saved: Sequence[Group]) -> TakenGroup:
     values: dict[str, Any] = {}
     disputed: list[str] = []
     for name, here in live.items():
@@ -76,8 +77,8 @@ def _take(live: Group, candidates: Sequence[Group]) -> TakenGroup:
             disputed.append(name)
         else:
             values[name] = found[0]
-    steps = [step for each in candidates if (step := _as_int(each.get("step"))) is not None]
-    return TakenGroup(values, tuple(disputed), max(steps, default=None))
+    steps = [step for each in candidates or saved if (step := _as_int(each.get("step"))) is not None]
+    return TakenGroup(values, tuple(disputed), bool(candidates), max(steps, default=None))
 
 
 def _candidates(group: Group, live: Sequence[Group], saved: Sequence[Group]) -> list[Group]:

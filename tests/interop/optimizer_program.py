@@ -98,7 +98,11 @@ class _Job:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer import (
+            OptimizerConfig,
+            get_megatron_optimizer,
+            get_standard_config_overrides,
+        )
         from megatron.core.transformer.transformer_config import TransformerConfig
 
         parallel_state.initialize_model_parallel(options.tp, options.pp, create_gloo_process_groups=True)
@@ -117,6 +121,7 @@ class _Job:
         ).bfloat16()  # fmt: skip
         distributed = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,  # the buckets' keys name it
             bucket_size=options.bucket_size,
             overlap_grad_reduce=options.bucket_size is not None,  # else there is one bucket, whatever its size
         )
@@ -128,7 +133,7 @@ class _Job:
             optimizer="adam", lr=LR, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True,
             weight_decay=0.25,
         )  # fmt: skip
-        self.optimizer = get_megatron_optimizer(adam, [self.model])
+        self.optimizer = get_megatron_optimizer(adam, [self.model], get_standard_config_overrides(adam))
         (self.divided,) = self.optimizer.chained_optimizers
 
     def _content(self) -> dict[str, Any]:
@@ -175,6 +180,7 @@ class _Job:
         from megatron.core import dist_checkpointing
 
         content = dist_checkpointing.load_content_metadata(str(self.options.folder))
+        self.divided._init_optimizer_states_with_dummy_values()  # torch's Adam has no state before
         tensors = self._tensors(content)
         described = self.optimizer.sharded_state_dict(tensors, is_loading=True, metadata=content)
         loaded = dist_checkpointing.load({"tensors": tensors, "optimizer": described}, str(self.options.folder))

@@ -49,14 +49,19 @@ def grown(rank: int, root: str, options: dict[str, bool]) -> tuple[int, int]:
         for parameter in model.parameters():
             parameter.grad = None
         controller.after_step(iteration)
-        report, saving = growth_of(lambda iteration=iteration: controller.save(iteration, "persistent"))  # type: ignore[misc]
-        assert not report.error, report
+        _, saving = growth_of(lambda iteration=iteration: _saved(controller, iteration))  # type: ignore[misc]
     controller.close()
     again = _controller(model, optimizer, root, rank, {"load": root, **options})
     resumed, loading = growth_of(again.restore)
     assert resumed is not None
     again.close()
     return saving, loading
+
+
+def _saved(controller: ResiliencyController, iteration: int) -> None:
+    report = controller.save(iteration, "persistent")
+    assert not report.error, report
+    controller.wait()
 
 
 def _controller(model: Any, optimizer: Any, root: str, rank: int, options: dict[str, Any]) -> ResiliencyController:
