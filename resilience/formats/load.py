@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resilience.errors import CheckpointNotFoundError, SourceUnavailableError, UnsupportedStateError
-from resilience.formats.keys import MODEL_PREFIX
-from resilience.formats.protocol import CheckpointReader, Target
+from resilience.errors import CheckpointNotFoundError, SourceUnavailableError
 from resilience.formats.registry import foreign_problem, format_name, open_checkpoint
-from resilience.formats.strictness import compare_keys
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.stores.shared_inventory import newer_than_tracker
 from resilience.stores.shared_store import SharedStore
@@ -55,11 +52,14 @@ def load_checkpoint(
     CheckpointNotFoundError; MissingKeysError as `strictness` says; LayoutMismatchError for another shape;
     CorruptCopyError for damage. The model is changed only after everything was found and verified.
     """
+    from resilience.formats.load_model import load_into
+
     fs = PosixFileSystem()
     folder = find_checkpoint(Path(path), fs)
     reader = open_checkpoint(folder, fs)
     try:
-        return _load(reader, model, strictness)
+        tensors, difference = load_into(reader, model, strictness)
+        return LoadedModel(tensors, reader.folder, difference.missing, difference.unexpected)
     finally:
         reader.close()
 
@@ -77,56 +77,3 @@ def find_checkpoint(path: Path, fs: FileSystem) -> Path:
             return store.folder_of(save.save)
     there = "; ".join(f"iteration {save.save.iteration}: {save.problem}" for save in found.shared_saves[:10])
     raise CheckpointNotFoundError(f"{path} holds no checkpoint that can be loaded ({there or 'it has none at all'}).")
-
-
-def _load(reader: CheckpointReader, model: torch.nn.Module | None, strictness: str) -> LoadedModel:
-    import torch
-
-    stored = {_name(path): path for path in reader.index if path.startswith(MODEL_PREFIX)}
-    if model is None:
-        tensors = {
-            name: torch.empty(reader.index[path].global_shape, dtype=reader.index[path].dtype)
-            for name, path in stored.items()
-        }
-        names = {name: name for name in tensors}
-    else:
-        tensors = _tensors_of(model)
-        names = {name: _without_wrapper(name, stored) for name in tensors}
-    difference = compare_keys(set(names.values()), stored, strictness)
-    targets = [
-        Target(stored[names[name]], tensor, (0,) * tensor.dim(), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-        if names[name] in stored
-    ]
-    reader.verify(reader.files(targets))
-    with torch.no_grad():
-        reader.read(targets)
-    return LoadedModel(tensors, reader.folder, difference.missing, difference.unexpected)
-
-
-def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    import torch
-
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in model.state_dict().items():
-        if type(value) not in (torch.Tensor, torch.nn.Parameter) and isinstance(value, torch.Tensor):
-            raise UnsupportedStateError(
-                f"{name} is a {type(value).__name__}; only a model of plain tensors is loaded without a process group.",
-                advice="Load before sharding the model, or use ResilientTrainer.",
-            )
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-    return tensors
-
-
-def _name(path: str) -> str:
-    """The key that a tree path `model/…` has in the checkpoint."""
-    from resilience.formats.keys import stored_key
-
-    return stored_key(path)
-
-
-def _without_wrapper(name: str, stored: Mapping[str, str]) -> str:
-    """DistributedDataParallel puts `module.` before every name; checkpoints have it without."""
-    bare = name.removeprefix("module.")
-    return bare if name not in stored and bare in stored else name

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from resilience.errors import ConfigError, MissingKeysError
 
-__all__ = ["STRICTNESS", "KeyDifference", "compare_keys", "judge_keys", "looks_at_missing", "raises"]
+__all__ = ["STRICTNESS", "KeyDifference", "judge_keys", "looks_at_missing", "raises"]
 
 STRICTNESS = (
     "assume_ok_unexpected",
@@ -34,11 +34,6 @@ class KeyDifference:
 
     missing: frozenset[str] = frozenset()
     unexpected: frozenset[str] = frozenset()
-
-
-def compare_keys(asked: Collection[str], stored: Collection[str], strictness: str) -> KeyDifference:
-    """The difference between two sets of keys, judged; see `judge_keys`."""
-    return judge_keys(frozenset(asked) - frozenset(stored), frozenset(stored) - frozenset(asked), strictness)
 
 
 def judge_keys(unexpected: Collection[str], missing: Collection[str], strictness: str) -> KeyDifference:

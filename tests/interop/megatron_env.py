@@ -12,11 +12,15 @@ import venv
 from pathlib import Path
 from typing import Final
 
-__all__ = ["megatron_python"]
+__all__ = ["WITHOUT", "megatron_python"]
 
 _PACKAGES: Final = ("megatron-core==0.16.1", "psutil==7.2.2")
 _PROBE: Final = "import torch, psutil, megatron.core.dist_checkpointing"
 _LIMIT_S: Final = 600
+
+
+#: Set to 1 where Megatron Core cannot be installed: what it shows is then left out, and that is said.
+WITHOUT: Final = "RESILIENCE_WITHOUT_MEGATRON"
 
 
 def megatron_python(home: Path) -> tuple[str, str]:
