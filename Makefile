@@ -76,4 +76,4 @@ docs: $(VENV)/.docs
 	$(BIN)/python docs/build_site.py docs docs/_site
 
 clean:
-	rm -rf $(VENV) .venv-nvrx .venv-megatron demo-out bench-out docs/_site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-nvrx .venv-megatron* demo-out bench-out docs/_site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,8 +41,7 @@ def _tracker() -> Any:
     module = sys.modules.get(_MODULE)
     if module is None or not getattr(module, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False):
         return None
-    tracker = module._CUDA_RNG_STATE_TRACKER
-    return tracker if tracker is not None and tracker.get_states() else None
+    return module._CUDA_RNG_STATE_TRACKER
 
 
 def _bytes_of(state: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""An environment for the real Megatron Core, apart from ours: `.venv-megatron`, which borrows torch from this one.
+"""Environments for the real Megatron Core, apart from ours: `.venv-megatron`, which borrows torch from this one.
 
 Without Megatron Core's own dependencies (a CPU needs none but psutil), so that nothing large is fetched.
 """
@@ -12,31 +12,34 @@ import venv
 from pathlib import Path
 from typing import Final
 
-__all__ = ["WITHOUT", "megatron_python"]
+__all__ = ["OTHER_VERSIONS", "VERSION", "WITHOUT", "megatron_python"]
 
-_PACKAGES: Final = ("megatron-core==0.16.1", "psutil==7.2.2")
-_PROBE: Final = "import torch, psutil, megatron.core.dist_checkpointing"
-_LIMIT_S: Final = 600
-
-
+VERSION: Final = "0.16.1"
+#: The last one that pickled classes of its own into `.metadata`, and one that has no `common.pt` any more.
+OTHER_VERSIONS: Final = ("0.15.3", "0.19.0")
 #: Set to 1 where Megatron Core cannot be installed: what it shows is then left out, and that is said.
 WITHOUT: Final = "RESILIENCE_WITHOUT_MEGATRON"
 
+_BESIDE: Final = "psutil==7.2.2"
+_LIMIT_S: Final = 600
 
-def megatron_python(home: Path) -> tuple[str, str]:
+
+def megatron_python(home: Path, version: str = VERSION) -> tuple[str, str]:
     """`(interpreter, "")`, made and filled if need be; `("", reason)` if it cannot be had."""
-    python = home / "bin" / "python"
-    if python.exists() and not _problem([str(python), "-c", _PROBE]):
+    python, packages = home / "bin" / "python", [f"megatron-core=={version}", _BESIDE]
+    probe = f"import torch, psutil, importlib.metadata as m; assert m.version('megatron-core') == '{version}'"
+    if python.exists() and not _problem([str(python), "-c", probe]):
         return str(python), ""
     try:
         venv.create(home, clear=True, with_pip=False)
-        packages = next(home.glob("lib/python*/site-packages"))
-        (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+        inside = next(home.glob("lib/python*/site-packages"))
+        (inside / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     except OSError as error:
         return "", f"{home} could not be made: {error}"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *_PACKAGES]
-    problem = _problem(install) or _problem([str(python), "-c", _PROBE])
-    return ("", f"{', '.join(_PACKAGES)} could not be installed: {problem}") if problem else (str(python), "")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+    # Newer versions ask for a newer Python than ours may be; what is used of them runs on both.
+    problem = _problem([*install, "--ignore-requires-python", *packages]) or _problem([str(python), "-c", probe])
+    return ("", f"{', '.join(packages)} could not be installed: {problem}") if problem else (str(python), "")
 
 
 def _problem(command: list[str]) -> str:

@@ -7,8 +7,10 @@ that both sides know what to expect without exchanging it.
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ __all__ = [
     "gpt",
     "join",
     "keep_extra_state",
-    "moment_key",
     "parts_of",
+    "stand_in_for_triton",
     "whole",
 ]
 
@@ -55,9 +57,29 @@ def whole(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return ((torch.arange(count) * 7 + zlib.crc32(key.encode())) % 256).to(dtype).reshape(shape)
 
 
-def moment_key(moment: str, key: str) -> str:
-    """Where Megatron Core's fully reshardable layout has the optimizer's state of a parameter."""
-    return f"optimizer.state.{moment}.{key}"
+def stand_in_for_triton() -> None:
+    """Newer versions of Megatron Core are not imported without a compiler of GPU kernels, of which a CPU runs none."""
+    from torch.utils._triton import has_triton_package
+
+    if not has_triton_package():
+        for name in ("triton", "triton.language"):
+            sys.modules[name] = _StandIn(name)
+        sys.modules["triton"].language = sys.modules["triton.language"]  # type: ignore[attr-defined]
+
+
+class _StandIn(ModuleType):
+    """Whatever is asked of it is a decorator that changes nothing, or a type that is never made."""
+
+    __version__ = "3.4.0"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return int if self.__name__.endswith("language") else _unchanged
+
+
+def _unchanged(*given: Any, **options: Any) -> Any:
+    return given[0] if len(given) == 1 and callable(given[0]) and not options else _unchanged
 
 
 def join(rank: int, layout: Layout, meeting: str) -> None:

@@ -24,8 +24,8 @@ from resilience.formats.protocol import Target
 from resilience.formats.registry import open_checkpoint
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import PosixFileSystem
-from tests.interop.megatron_env import WITHOUT, megatron_python
-from tests.interop.megatron_gpt import MOMENTS, Layout, moment_key, whole
+from tests.interop.megatron_env import OTHER_VERSIONS, VERSION, WITHOUT, megatron_python
+from tests.interop.megatron_gpt import Layout, whole
 from tests.ranks import run_ranks, values
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -52,13 +52,19 @@ class Megatron:
         return told
 
 
+def megatron_core(repository: Path, version: str) -> Megatron:
+    """Fails without it: what nobody ran shows nothing."""
+    name = ".venv-megatron" if version == VERSION else f".venv-megatron-{version}"
+    python, problem = megatron_python(repository / name, version)
+    if not python and os.environ.get(WITHOUT) == "1":
+        pytest.skip(f"{WITHOUT}=1, and Megatron Core {version} cannot be had here: {problem}")
+    assert python, f"Megatron Core {version} cannot be had here ({problem}); {WITHOUT}=1 leaves out what it shows"
+    return Megatron(python, repository)
+
+
 @pytest.fixture(scope="module")
 def megatron(repository: Path) -> Megatron:
-    python, problem = megatron_python(repository / ".venv-megatron")
-    if not python and os.environ.get(WITHOUT) == "1":
-        pytest.skip(f"{WITHOUT}=1, and Megatron Core cannot be had here: {problem}")
-    assert python, f"Megatron Core cannot be had here ({problem}); {WITHOUT}=1 leaves out what it shows"
-    return Megatron(python, repository)
+    return megatron_core(repository, VERSION)
 
 
 # -- Megatron Core's model in our trainer -----------------------------------------------------------------------------
@@ -109,6 +115,19 @@ def test_our_trainer_goes_on_from_what_megatron_core_saved(megatron: Megatron, t
     assert megatron("evaluate", tmp_path / "run", at(saved, world=1)) == of_model
 
 
+@pytest.mark.parametrize("version", OTHER_VERSIONS)
+def test_other_versions_of_megatron_core_read_ours_and_are_read(
+    megatron: Megatron, repository: Path, tmp_path: Path, version: str
+) -> None:
+    other, saved = megatron_core(repository, version), Layout(tp=2, world=2, gated=True)
+    ours = megatron("train", tmp_path / "ours", saved)
+    assert ours.keys() <= other("load", tmp_path / "ours" / FOLDER, at(saved, pp=2, world=2)).keys()
+    other("save", tmp_path / "theirs" / FOLDER, saved)
+    assert (tmp_path / "theirs" / FOLDER / "common.pt").exists() == (version < "0.19")
+    assert (b"MCoreMetadata" in (tmp_path / "theirs" / FOLDER / ".metadata").read_bytes()) == (version < "0.16")
+    assert megatron("resume", tmp_path / "theirs", at(saved, pp=2, world=2)) == ours
+
+
 # -- a model that keeps its layers stacked ----------------------------------------------------------------------------
 
 
@@ -144,7 +163,7 @@ class Stacked(torch.nn.Module):
 
     def __init__(self, shapes: Shapes, rank: int, axis: int) -> None:
         super().__init__()
-        self.expected: dict[str, tuple[torch.nn.Parameter, torch.Tensor, dict[str, torch.Tensor]]] = {}
+        self.expected: dict[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}
         for key, shape in shapes.items():
             if key.startswith("optimizer."):
                 continue
@@ -154,13 +173,12 @@ class Stacked(torch.nn.Module):
                 return full if cut is None else full.chunk(2, cut)[rank].clone()
 
             value = part(whole(key, tuple(shape), torch.bfloat16))
-            moments = {name: part(whole(moment_key(name, key), tuple(shape), torch.float32)) for name in MOMENTS}
             parameter = torch.nn.Parameter(torch.zeros_like(value))
             if cut is not None:
                 resilience.shard(parameter, dim=cut, index=rank, count=2)
             owner, _, name = key.rpartition(".")
             self._module(owner).register_parameter(name, parameter)
-            self.expected[key] = (parameter, value, moments)
+            self.expected[key] = (parameter, value)
 
     def _module(self, path: str) -> torch.nn.Module:
         found: torch.nn.Module = self
@@ -178,7 +196,7 @@ def resume(rank: int, root: str, shapes: Shapes, axis: int) -> Any:
         TrainingState(model), checkpoint, ResiliencyConfig(run_id="reader", memory_dir=f"{root}/memory")
     )
     found = controller.restore()
-    for key, (parameter, value, _) in model.expected.items():
+    for key, (parameter, value) in model.expected.items():
         assert torch.equal(parameter, value), key
     controller.close()
     return found and found.iteration
