@@ -10,6 +10,7 @@ import os
 import sys
 import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,8 @@ def whole(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def stand_in_for_triton() -> None:
     """Newer versions of Megatron Core are not imported without a compiler of GPU kernels, of which a CPU runs none."""
+    if version("megatron-core") < "0.17":
+        return
     from torch.utils._triton import has_triton_package
 
     if not has_triton_package():
