@@ -19,6 +19,7 @@ from resilience.formats.in_common import check_in_common
 from resilience.formats.once import once
 from resilience.formats.optimizer_common import main_aliases, with_steps
 from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare, SaveMeta
+from resilience.formats.stacks import Stacks
 from resilience.planning.inventory import SaveId
 from resilience.planning.split import split_rows
 from resilience.replication.communicator import Agreements
@@ -87,6 +88,7 @@ class SharedSaver:
         self._form = form
         self._group = group
         self._fs = fs
+        self._stacks = Stacks()
 
     def run(self, job: DrainJob, abandoned: Callable[[], Collection[SaveId]] = tuple) -> None:
         """Save and commit `job` in each of its stores. SaveFailedError on all ranks if it failed on one.
@@ -102,12 +104,14 @@ class SharedSaver:
                 except Exception as error:  # noqa: BLE001 - the others must not wait for a rank that is gone
                     told = isinstance(error, ResilienceError)
                     problem = str(error) if told else f"{type(error).__name__}: {error}"
-            self._agree(problem)
+            named = self._agree(problem, job.places)
             check_in_common(_in_common(job, target), job.group_number, self._group)
             buckets = target.buckets or ()
             share = with_steps(share, self._group, {each.groups_key: each.position for each in buckets})
             if target.buckets is not None:
                 share = fill_gaps(share, buckets, self._group)
+            if named:
+                share = self._stacks.store(share, job.places, self._group, str(store.root))
             share = replace(share, chunks=once(share.chunks, self._group))
             folder = self._leader(lambda store=store: str(store.begin(job.save.iteration, job.save.attempt)))  # type: ignore[misc]
             self._form.save(Path(folder), share, target.meta, self._group, self._fs)
@@ -131,9 +135,12 @@ class SharedSaver:
             raise EvictedError(outcome["error"]) if outcome["evicted"] else SaveFailedError(outcome["error"])
         return str(outcome["done"])
 
-    def _agree(self, problem: str) -> None:
-        if self._group.maximum([int(bool(problem))])[0]:
+    def _agree(self, problem: str, places: StoredPlaces) -> bool:
+        """Whether any rank's model names keys of its own."""
+        failed, named = self._group.maximum([int(bool(problem)), int(bool(places))])
+        if failed:
             raise SaveFailedError(problem or "another rank could not take its snapshot.")
+        return bool(named)
 
 
 def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
@@ -162,8 +169,6 @@ def share_of(job: DrainJob, target: DrainTarget) -> RankShare:
         pieces = chunks_of(arena, arena.layout, job, leave_out=target.leave_out, skip=skip, of_every_group=True)
         chunks = into_buckets(chunks, pieces, target.buckets)
         objects |= group_objects(plain_parts(values, ("optimizer",), tensor_of)["optimizer"], target.buckets)
-    if job.places:
-        chunks, aliases = under_stored_keys(chunks, aliases, job.places)
     return RankShare(chunks, values, aliases, extras.files, extras.common, objects)
 
 
@@ -193,37 +198,6 @@ def chunks_of(
             continue
         chunks.append(Chunk(key, arena.views[position], piece.global_shape, piece.offsets, not piece.shared))
     return chunks + _rows(arena, layout, whole, job)
-
-
-def under_stored_keys(
-    chunks: Sequence[Chunk], aliases: Mapping[str, str], places: StoredPlaces
-) -> tuple[list[Chunk], dict[str, str]]:
-    """The same under the keys that the model names: one of several layers becomes a part of what all of them make up.
-
-    A second name of a tensor that lies in such a stack is a part of its own there; the others stay second names.
-    """
-    stored = [_stored(chunk, places) for chunk in chunks]
-    left: dict[str, str] = {}
-    for alias, root in aliases.items():
-        found = [places.bases.get(path) for path in (alias, root)]
-        if any(place is not None and place.index for place in found):
-            stored += [_stored(replace(chunk, key=alias), places) for chunk in chunks if chunk.key == root]
-        else:
-            first, second = (place.path if place else path for place, path in zip(found, (alias, root), strict=True))
-            left[first] = second
-    return stored, left
-
-
-def _stored(chunk: Chunk, places: StoredPlaces) -> Chunk:
-    place = places.of(chunk.key, tuple(chunk.global_shape))
-    whole = chunk.sizes == tuple(chunk.global_shape)
-    if place is None or (chunk.per_rank and whole and not place.index):
-        return chunk  # a rank's own is found by the name that its values have for it
-    tensor = chunk.tensor
-    for _ in place.index:
-        tensor = tensor.unsqueeze(0)
-    shape, offsets = (*place.counts, *chunk.global_shape), (*place.index, *chunk.offsets)
-    return replace(chunk, key=place.path, tensor=tensor, global_shape=shape, offsets=offsets)
 
 
 def _in_common(job: DrainJob, target: DrainTarget) -> Iterator[tuple[Piece, torch.Tensor]]:

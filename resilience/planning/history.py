@@ -57,9 +57,10 @@ def _completed_saves(inventories: Sequence[Inventory], logs: Sequence[AttemptLog
         if each.certified and each.run_id == run_id
     }
     completed |= {each.save for each in shared if each.run_id == run_id}
-    # Whoever resumed from a save of this run proves that it was complete; a base may also be another run's checkpoint.
+    # Whoever resumed from a save of this run proves that it was complete; a base may also be another run's checkpoint,
+    # or another program's, which names no attempt.
     foreign = {each.save for each in shared if each.run_id != run_id}
-    completed |= {log.base for log in logs if log.base is not None and log.base not in foreign}
+    completed |= {log.base for log in logs if log.base is not None and log.base.attempt and log.base not in foreign}
     return frozenset(completed)
 
 

@@ -56,6 +56,9 @@ class StoredPlaces:
                 stored = f"{prefix.rpartition('/')[0]}/{path_component(place.key)}"
                 self.bases[prefix] = StoredPlace(stored, place.index, place.counts)
 
+    def __bool__(self) -> bool:
+        return bool(self.bases)
+
     def of(self, path: str, global_shape: tuple[int, ...]) -> StoredPlace | None:
         """Where a tensor of the model, or of optimizer state in its parameter's shape, is stored."""
         if path.startswith("model/"):

@@ -277,7 +277,10 @@ class _Fields:
             return None
         if not isinstance(value, dict):
             raise self.wrong(key, "null or an object with iteration, generation, attempt")
-        return _Fields(value, f"{self.what}, {key}").save()
+        fields = _Fields(value, f"{self.what}, {key}")
+        if (value.get("generation"), value.get("attempt")) == (0, ""):  # a folder that another program wrote
+            return SaveId(fields.integer("iteration", 0, 1 << 53), 0, "")
+        return fields.save()
 
 
 def _save_json(save: SaveId | None) -> dict[str, Any] | None:

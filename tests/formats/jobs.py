@@ -37,6 +37,10 @@ class Net(nn.Module):
         return self.extra(hidden) if hasattr(self, "extra") else hidden
 
 
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: each.clone() for name, each in model.state_dict().items() if isinstance(each, torch.Tensor)}
+
+
 @dataclass
 class Job:
     """One start in `root`: builds everything afresh under `seed`, resumes, and trains to `steps` if asked."""
@@ -55,7 +59,7 @@ class Job:
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         self.model = self.make().to(self.dtype)
-        self.before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.before = tensors_of(self.model)
         self.opt = self.optimizer(self.model)
         self.scheduler = (
             torch.optim.lr_scheduler.StepLR(self.opt, 3, 0.5) if isinstance(self.opt, torch.optim.Optimizer) else None
@@ -69,7 +73,7 @@ class Job:
             self.model, self.opt, scheduler=self.scheduler, checkpoint=CheckpointConfig(**options),
             resiliency=ResiliencyConfig(**resiliency | self.resiliency), **self.trainer_arguments,
         ) as trainer:  # fmt: skip
-            self.loaded = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.loaded = tensors_of(self.model)
             with torch.random.fork_rng():
                 self.drawn = torch.rand(1).item()  # what would be drawn next
             self.step, self.resumed = trainer.iteration, trainer.resumed_from

@@ -8,22 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resilience import load_checkpoint
 from resilience.errors import LayoutMismatchError, MissingKeysError
 from resilience.formats.by_layer import LayeredReader
-from resilience.formats.protocol import StoredTensor, Target
-from resilience.formats.registry import open_checkpoint
-from resilience.formats.saver import under_stored_keys
+from resilience.formats.protocol import RankShare, StoredTensor, Target
+from resilience.formats.registry import checkpoint_format, open_checkpoint
+from resilience.formats.stacks import Stacks, under_stored_keys
 from resilience.state.megatron_model import unique_name
 from resilience.state.stored_place import StackPlace, StoredPlace, StoredPlaces
 from resilience.stores.filesystem import PosixFileSystem
 from tests.formats.jobs import Job
-from tests.formats.worlds import save, whole
+from tests.formats.worlds import ThreadAgreements, meta, on_all_ranks, save, whole
 
 FS = PosixFileSystem()
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 class Memory:
@@ -157,9 +159,10 @@ class Squared(Job):
 
 
 def stacked_folder(folder: Path) -> Path:
-    save(folder, lambda rank: [whole("model/0/layers.w", STACK)])
-    for name in ("resilience.json", "integrity.json"):
-        (folder / name).unlink()
+    """As another program has it."""
+    dcp.save({"layers.w": STACK}, checkpoint_id=folder, no_dist=True)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    torch.save({"iteration": 7}, folder / "common.pt")
     return folder
 
 
@@ -209,6 +212,38 @@ def test_layers_of_several_ranks_and_their_moments_become_one_tensor_each(tmp_pa
     out = torch.empty(3, 4, 5)
     reader.read([Target("model/0/layers.w", out, (0, 0, 0))])
     assert torch.equal(out, torch.stack([STACK[0], STACK[1], STACK[1]]))
+
+
+def test_where_a_layer_has_no_moments_each_is_stored_by_itself_and_when_it_has_they_are_one_again(
+    tmp_path: Path,
+) -> None:
+    """A frozen layer, an expert that got no token: a stack with a gap would be refused, and the save with it."""
+    models = {f"model/0/layers.{number}.w": (StackPlace("layers.w", (number,), (2,)), (4, 5)) for number in range(2)}
+    places = StoredPlaces(models, [(path.replace("model/0", "optimizer/0/state"), path) for path in models])
+    rounds: list[set[str]] = []
+
+    def write(agreements: ThreadAgreements) -> None:
+        stacks, rank = Stacks(), agreements.rank
+        for number, trained in enumerate([{0}, {0, 1}, {0, 1}]):
+            own = [whole(f"model/0/layers.{rank}.w", STACK[rank])]
+            own += [whole(f"optimizer/0/state/layers.{rank}.w/exp_avg", -STACK[rank])] if rank in trained else []
+            share = stacks.store(RankShare(own, b"{}"), places, agreements, "here")  # type: ignore[arg-type]
+            folder = tmp_path / str(number)
+            folder.mkdir(exist_ok=True)
+            checkpoint_format("torch_dist").save(folder, share, meta(7, 2), agreements, FS)  # type: ignore[arg-type]
+            agreements.barrier()
+            if rank == 0:
+                rounds.append(set(open_checkpoint(folder, FS).index))
+
+    for outcome in on_all_ranks(2, write):
+        assert outcome is None, outcome
+    model, moments = {"model/0/layers.w"}, "optimizer/0/state/layers{}.w/exp_avg"
+    assert rounds == [model | {moments.format(".0")}, model | {moments.format("")}, model | {moments.format("")}]
+    alone = LayeredReader(open_checkpoint(tmp_path / "0", FS), places.bases, places.bases)
+    assert torch.equal(read(alone, moments.format(".0")), -STACK[0])
+    assert moments.format(".1") not in alone.index
+    together = LayeredReader(open_checkpoint(tmp_path / "2", FS), places.bases, places.bases)
+    assert torch.equal(read(together, moments.format(".1")), -STACK[1])
 
 
 @pytest.mark.parametrize(

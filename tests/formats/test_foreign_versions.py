@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,19 @@ def test_common_state_in_an_object_stands_for_common_pt(tmp_path: Path) -> None:
     job = Job(tmp_path).run()
     assert job.step == 7
     assert equal(job.loaded, stored)
+
+
+def test_a_run_goes_on_from_another_programs_checkpoint_in_its_own_directory_and_saves_there(tmp_path: Path) -> None:
+    """What it resumed from has no attempt; that it stands in the records of the run must not make them unreadable."""
+    write(tmp_path / "iter_0000007", weights(), OLD_MARKER, COMMON)
+    first = Job(tmp_path).run(9)
+    assert first.step == 7
+    record = json.loads((tmp_path / "iter_0000009" / "resilience.json").read_text())
+    assert record["base"] == {"iteration": 7, "generation": 0, "attempt": ""}
+    shutil.rmtree(tmp_path / "iter_0000007")
+    second = Job(tmp_path).run()
+    assert second.step == 9
+    assert equal(second.loaded, first.model.state_dict())
 
 
 def test_a_folder_with_neither_is_not_whole(tmp_path: Path) -> None:

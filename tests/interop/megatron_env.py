@@ -5,6 +5,7 @@ Without Megatron Core's own dependencies (a CPU needs none but psutil), so that 
 
 from __future__ import annotations
 
+import os
 import site
 import subprocess
 import sys
@@ -12,13 +13,15 @@ import venv
 from pathlib import Path
 from typing import Final
 
-__all__ = ["OTHER_VERSIONS", "VERSION", "WITHOUT", "megatron_python"]
+import pytest
+
+__all__ = ["OTHER_VERSIONS", "VERSION", "megatron_python", "needed_python"]
 
 VERSION: Final = "0.16.1"
 #: The last one that pickled classes of its own into `.metadata`, and one that has no `common.pt` any more.
 OTHER_VERSIONS: Final = ("0.15.3", "0.19.0")
 #: Set to 1 where Megatron Core cannot be installed: what it shows is then left out, and that is said.
-WITHOUT: Final = "RESILIENCE_WITHOUT_MEGATRON"
+_WITHOUT: Final = "RESILIENCE_WITHOUT_MEGATRON"
 
 _BESIDE: Final = "psutil==7.2.2"
 _LIMIT_S: Final = 600
@@ -40,6 +43,16 @@ def megatron_python(home: Path, version: str = VERSION) -> tuple[str, str]:
     # Newer versions ask for a newer Python than ours may be; what is used of them runs on both.
     problem = _problem([*install, "--ignore-requires-python", *packages]) or _problem([str(python), "-c", probe])
     return ("", f"{', '.join(packages)} could not be installed: {problem}") if problem else (str(python), "")
+
+
+def needed_python(repository: Path, version: str = VERSION) -> str:
+    """Its interpreter. A test fails where it cannot be had: what nobody ran shows nothing."""
+    name = ".venv-megatron" if version == VERSION else f".venv-megatron-{version}"
+    python, problem = megatron_python(repository / name, version)
+    if not python and os.environ.get(_WITHOUT) == "1":
+        pytest.skip(f"{_WITHOUT}=1, and Megatron Core {version} cannot be had here: {problem}")
+    assert python, f"Megatron Core {version} cannot be had here ({problem}); {_WITHOUT}=1 leaves out what it shows"
+    return python
 
 
 def _problem(command: list[str]) -> str:

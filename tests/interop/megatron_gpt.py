@@ -25,6 +25,7 @@ __all__ = [
     "gpt",
     "join",
     "keep_extra_state",
+    "moment_key",
     "parts_of",
     "stand_in_for_triton",
     "whole",
@@ -56,6 +57,11 @@ def whole(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """What the tensor `key` holds: whole numbers below 256, which bfloat16 has exactly."""
     count = torch.Size(shape).numel()
     return ((torch.arange(count) * 7 + zlib.crc32(key.encode())) % 256).to(dtype).reshape(shape)
+
+
+def moment_key(moment: str, key: str) -> str:
+    """Where Megatron Core's fully reshardable layout has the optimizer's state of a parameter."""
+    return f"optimizer.state.{moment}.{key}"
 
 
 def stand_in_for_triton() -> None:

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
-from tests.interop.megatron_program import FFN, HEADS, HIDDEN, LAYERS, MOMENTS, VOCABULARY, moment_key, whole  # noqa: E402
+from tests.interop.megatron_gpt import FFN, HEADS, HIDDEN, LAYERS, MOMENTS, VOCABULARY, moment_key, whole  # noqa: E402
 
 STEP, LR = 7, 0.125
 

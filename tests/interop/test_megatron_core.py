@@ -24,7 +24,7 @@ from resilience.formats.protocol import Target
 from resilience.formats.registry import open_checkpoint
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import PosixFileSystem
-from tests.interop.megatron_env import OTHER_VERSIONS, VERSION, WITHOUT, megatron_python
+from tests.interop.megatron_env import OTHER_VERSIONS, needed_python
 from tests.interop.megatron_gpt import Layout, whole
 from tests.ranks import run_ranks, values
 
@@ -52,19 +52,9 @@ class Megatron:
         return told
 
 
-def megatron_core(repository: Path, version: str) -> Megatron:
-    """Fails without it: what nobody ran shows nothing."""
-    name = ".venv-megatron" if version == VERSION else f".venv-megatron-{version}"
-    python, problem = megatron_python(repository / name, version)
-    if not python and os.environ.get(WITHOUT) == "1":
-        pytest.skip(f"{WITHOUT}=1, and Megatron Core {version} cannot be had here: {problem}")
-    assert python, f"Megatron Core {version} cannot be had here ({problem}); {WITHOUT}=1 leaves out what it shows"
-    return Megatron(python, repository)
-
-
 @pytest.fixture(scope="module")
 def megatron(repository: Path) -> Megatron:
-    return megatron_core(repository, VERSION)
+    return Megatron(needed_python(repository), repository)
 
 
 # -- Megatron Core's model in our trainer -----------------------------------------------------------------------------
@@ -119,7 +109,7 @@ def test_our_trainer_goes_on_from_what_megatron_core_saved(megatron: Megatron, t
 def test_other_versions_of_megatron_core_read_ours_and_are_read(
     megatron: Megatron, repository: Path, tmp_path: Path, version: str
 ) -> None:
-    other, saved = megatron_core(repository, version), Layout(tp=2, world=2, gated=True)
+    other, saved = Megatron(needed_python(repository, version), repository), Layout(tp=2, world=2, gated=True)
     ours = megatron("train", tmp_path / "ours", saved)
     assert ours.keys() <= other("load", tmp_path / "ours" / FOLDER, at(saved, pp=2, world=2)).keys()
     other("save", tmp_path / "theirs" / FOLDER, saved)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.interop.megatron_env import megatron_python
+from tests.interop.megatron_env import needed_python
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -22,10 +22,7 @@ FULLY, BUCKETS = "fully_reshardable", "dp_reshardable"
 
 @pytest.fixture(scope="module")
 def megatron(repository: Path) -> str:
-    python, problem = megatron_python(repository / ".venv-megatron")
-    if not python:
-        pytest.skip(f"Megatron Core cannot be had here: {problem}")
-    return python
+    return needed_python(repository)
 
 
 def program(
