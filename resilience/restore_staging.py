@@ -114,6 +114,7 @@ class Stager:
         self._checkpoint = checkpoint
         self._open_base = open_base
         self._base: LayeredReader | None = None
+        self._base_files: CheckpointReader | None = None
         self._rank = rank
         self._peers = peers
         self._fs = fs
@@ -201,7 +202,7 @@ class Stager:
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
 
     @property
-    def _view(self) -> CheckpointReader:
+    def _view(self) -> StateReader:
         """What tensors are read from: the checkpoint, or the checkpoint with optimizer state under the names it has
         here."""
         return self._by_parameter or self._reader
@@ -302,6 +303,7 @@ class Stager:
             base = self._open_base()
         if base is None:
             return frozenset()
+        self._base_files = base
         self._base = LayeredReader(base, state.stored_places().bases, state.bases())
         found = frozenset(lacking) & self._base.index.keys()
         for key in found:
@@ -372,7 +374,7 @@ class Stager:
 
     def _read(self, wanted: _Wanted) -> None:
         if self._bring is not None:
-            self._bring(wanted.targets)
+            self._bring(self._reader.as_stored(wanted.targets))
         elif self._shared_load:
             group = self._peers.open_replicas()
             try:
@@ -381,11 +383,11 @@ class Stager:
                 group.close()
         else:
             self._view.read(wanted.targets)
-        if self._base is None or not wanted.base_targets:
+        if self._base is None or self._base_files is None or not wanted.base_targets:
             return
         with _of_base():
             if self._verify:
-                self._base.verify(self._base.files(wanted.base_targets))
+                self._base_files.verify(self._base_files.files(self._base.as_stored(wanted.base_targets)))
             self._base.read(wanted.base_targets)
 
     # -- main parameters of a mixed-precision optimizer ---------------------------------------------------------------

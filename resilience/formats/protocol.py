@@ -189,6 +189,11 @@ class StateReader(Protocol):
         ...
 
     @property
+    def aliases(self) -> Mapping[str, str]:
+        """Of tensors in the index that have the same bytes (tied weights): path → the one path that is no alias."""
+        ...
+
+    @property
     def common(self) -> Mapping[str, Any]:
         """What is not sharded: `common.pt` or the object `common_state`; nothing in shards."""
         ...
@@ -221,11 +226,6 @@ class StateReader(Protocol):
 
 class CheckpointReader(StateReader, Protocol):
     """One complete checkpoint in a folder, open for reading."""
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Of tensors in the index that have the same bytes (tied weights): path → the one path that is no alias."""
-        ...
 
     def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:
         """Names of the files that `read(targets)`, `rank_state(rank)` and opening the checkpoint touch."""

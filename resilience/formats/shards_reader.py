@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,21 @@ class ShardsReader:
     @property
     def index(self) -> Mapping[str, StoredTensor]:
         return {key: StoredTensor(_dtype(each.dtype), each.global_shape) for key, each in self._together.whole.items()}
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def common(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        return ()
+
+    def read_object(self, key: str) -> Any:
+        raise MissingKeysError(f"{self.folder} has no object {key}: shards hold nothing for other programs.")
 
     def rank_state(self, rank: int) -> RankState | None:
         """Tensors that did not come along are promised: allocated when they are asked for, filled by `fill`."""
