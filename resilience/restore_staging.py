@@ -372,7 +372,7 @@ class Stager:
 
     def _read(self, wanted: _Wanted) -> None:
         if self._bring is not None:
-            self._bring(wanted.targets)
+            self._bring(self._reader.as_stored(wanted.targets))
         elif self._shared_load:
             group = self._peers.open_replicas()
             try:
@@ -385,7 +385,7 @@ class Stager:
             return
         with _of_base():
             if self._verify:
-                self._base.verify(self._base.files(wanted.base_targets))
+                self._base_files.verify(self._base_files.files(self._base.as_stored(wanted.base_targets)))
             self._base.read(wanted.base_targets)
 
     # -- main parameters of a mixed-precision optimizer ---------------------------------------------------------------
