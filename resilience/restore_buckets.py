@@ -17,7 +17,7 @@ import torch
 from resilience.errors import LayoutMismatchError
 from resilience.formats.keys import BUCKETS_PREFIX, stored_key
 from resilience.formats.optimizer_view import OptimizerView
-from resilience.formats.protocol import CheckpointReader, StoredTensor, Target
+from resilience.formats.protocol import StateReader, StoredTensor, Target
 from resilience.planning.bucket_space import Flattened, bucket_number, places_in_buckets
 from resilience.state.distributed_state import MAIN
 from resilience.state.flat_sharding import local_blocks
@@ -40,7 +40,7 @@ _Stored = dict[int, dict[int, dict[str, str]]]
 class Buckets:
     """The buckets of this rank's place, as a checkpoint has them. `groups`: what is stored of param groups."""
 
-    def __init__(self, state: TrainingState, reader: CheckpointReader) -> None:
+    def __init__(self, state: TrainingState, reader: StateReader) -> None:
         self._state = state
         self._reader = reader
         self.groups: Any = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from resilience.errors import CorruptCopyError
 from resilience.formats.megatron_objects import extra_state_key, rng_from_megatron, rng_grids, rng_key
-from resilience.formats.protocol import CheckpointReader
+from resilience.formats.protocol import StateReader
 from resilience.state import rng
 from resilience.state.items import EXTRA_STATE
 from resilience.state.training_state import TrainingState
@@ -20,7 +20,7 @@ __all__ = ["foreign_extra_state", "foreign_rng"]
 Tell = Callable[..., None]
 
 
-def foreign_extra_state(reader: CheckpointReader, state: TrainingState, tell: Tell) -> list[dict[str, Any]]:
+def foreign_extra_state(reader: StateReader, state: TrainingState, tell: Tell) -> list[dict[str, Any]]:
     """Of each model, the entries of extra state that the checkpoint has an object for."""
     taken: list[dict[str, Any]] = []
     refused: list[str] = []
@@ -42,7 +42,7 @@ def foreign_extra_state(reader: CheckpointReader, state: TrainingState, tell: Te
     return taken
 
 
-def foreign_rng(reader: CheckpointReader, state: TrainingState, tell: Tell) -> dict[str, Any]:
+def foreign_rng(reader: StateReader, state: TrainingState, tell: Tell) -> dict[str, Any]:
     """The random state that stands for this rank's place; nothing, with a word, if there is none or it does not fit."""
     grids = rng_grids(reader.objects)
     layout = state.layout

@@ -19,7 +19,7 @@ from resilience.errors import CorruptCopyError
 from resilience.formats.keys import OPTIMIZER_PREFIX
 from resilience.formats.optimizer_common import DP_RESHARDABLE, FULLY_RESHARDABLE, SHARDING_TYPE
 from resilience.formats.optimizer_view import OptimizerView
-from resilience.formats.protocol import CheckpointReader
+from resilience.formats.protocol import StateReader
 from resilience.planning.bucket_space import Flattened
 from resilience.planning.foreign_groups import TakenGroup, as_step, saved_groups, saved_step, take_groups
 from resilience.restore_buckets import Buckets
@@ -53,7 +53,7 @@ class Adopted:
     notes: list[str] = field(default_factory=list)
 
 
-def adopt(state: TrainingState, reader: CheckpointReader, parts: Collection[str]) -> Adopted:
+def adopt(state: TrainingState, reader: StateReader, parts: Collection[str]) -> Adopted:
     """What of optimizer and scheduler a checkpoint without ranks' states has for this rank. Nothing live changes.
 
     LayoutMismatchError if its optimizer state is of another tensor- or pipeline-parallel size, and bound to it.
@@ -99,9 +99,7 @@ class _Keeps:
 class _Optimizers:
     """One look at all live optimizers, and at what is stored for their parameters."""
 
-    def __init__(
-        self, state: TrainingState, reader: CheckpointReader, common: Mapping[str, Any], adopted: Adopted
-    ) -> None:
+    def __init__(self, state: TrainingState, reader: StateReader, common: Mapping[str, Any], adopted: Adopted) -> None:
         self._state = state
         self._reader = reader
         self._common = common

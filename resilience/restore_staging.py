@@ -114,6 +114,7 @@ class Stager:
         self._checkpoint = checkpoint
         self._open_base = open_base
         self._base: LayeredReader | None = None
+        self._base_files: CheckpointReader | None = None
         self._rank = rank
         self._peers = peers
         self._fs = fs
@@ -154,7 +155,7 @@ class Stager:
                 if staged:  # torch refuses to copy nothing
                     torch._foreach_copy_([live for live, _ in staged], [tensor for _, tensor in staged])
                 if self._bring is not None:
-                    self._view.read(wanted.targets)
+                    self._reader.read(wanted.targets)
                 wanted.plan.finish()
                 for optimizer in state.optimizers if "optimizer" not in wanted.parts else ():
                     renew_main_parameters(optimizer.optimizer, stored_weights)
@@ -201,7 +202,7 @@ class Stager:
         return _Wanted(plan, parts, staged, targets, base_targets, frozenset(asked - unexpected), frozenset(unexpected))
 
     @property
-    def _view(self) -> CheckpointReader:
+    def _view(self) -> StateReader:
         """What tensors are read from: the checkpoint, or the checkpoint with optimizer state under the names it has
         here."""
         return self._by_parameter or self._reader
@@ -302,6 +303,7 @@ class Stager:
             base = self._open_base()
         if base is None:
             return frozenset()
+        self._base_files = base
         self._base = LayeredReader(base, state.stored_places().bases, state.bases())
         found = frozenset(lacking) & self._base.index.keys()
         for key in found:
@@ -381,7 +383,7 @@ class Stager:
                 group.close()
         else:
             self._view.read(wanted.targets)
-        if self._base is None or not wanted.base_targets:
+        if self._base is None or self._base_files is None or not wanted.base_targets:
             return
         with _of_base():
             if self._verify:

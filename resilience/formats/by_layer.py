@@ -15,10 +15,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from resilience.errors import LayoutMismatchError
-from resilience.formats.protocol import CheckpointReader, RankState, StateReader, StoredTensor, Target
+from resilience.formats.protocol import RankState, StateReader, StoredTensor, Target
 from resilience.state.sharding import state_prefix
 from resilience.state.stored_place import StoredPlace
 from resilience.stores.shared_records import FolderRecord
@@ -46,7 +46,7 @@ class _Part:
 
 
 class LayeredReader:
-    """See `CheckpointReader`. Everything that `reader` has is there too, under its own name."""
+    """See `StateReader`. Everything that `reader` has is there too, under its own name."""
 
     def __init__(self, reader: StateReader, places: Mapping[str, StoredPlace], wanted: Iterable[str]) -> None:
         """`places`: tree path of a tensor, or what the paths of its optimizer state begin with → where it is stored.
@@ -54,15 +54,16 @@ class LayeredReader:
         `wanted`: these paths for all of the live state. LayoutMismatchError if another number of layers is stored.
         """
         self._reader = reader
+        self._whole = dict(reader.index)
         self._stored: dict[str, list[str]] = {}
-        for path in reader.index:
+        for path in self._whole:
             self._stored.setdefault(state_prefix(path) or path, []).append(path)
         self._parts: dict[str, tuple[_Part, ...]] = {}
         found: dict[str, StoredTensor] = {}
         for base in wanted:
             for path, stored, parts in self._look(base, places.get(base)):
                 found[path], self._parts[path] = stored, parts
-        self.index: Mapping[str, StoredTensor] = {**reader.index, **found}
+        self.index: Mapping[str, StoredTensor] = {**self._whole, **found}
 
     @property
     def folder(self) -> Path:
@@ -91,15 +92,11 @@ class LayeredReader:
         return self._reader.rank_state(rank)
 
     def read(self, targets: Sequence[Target]) -> None:
-        self._reader.read([stored for target in targets for stored in self._as_stored(target)])
+        self._reader.read(self.as_stored(targets))
 
-    def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:
-        return cast(CheckpointReader, self._reader).files(
-            [stored for target in targets for stored in self._as_stored(target)], rank
-        )
-
-    def verify(self, files: Iterable[str] | None = None) -> None:
-        cast(CheckpointReader, self._reader).verify(files)
+    def as_stored(self, targets: Sequence[Target]) -> list[Target]:
+        """The same regions where they lie, under the names that they have there."""
+        return [stored for target in targets for stored in self._as_stored(target)]
 
     def close(self) -> None:
         self._reader.close()
@@ -108,14 +105,14 @@ class LayeredReader:
 
     def units(self) -> list[str]:
         """All that is stored, layer by layer where layers lie in one tensor: the same on every rank."""
-        return sorted(unit for path in self._reader.index for unit in self._units_of(path))
+        return sorted(unit for path in self._whole for unit in self._units_of(path))
 
     def units_asked(self, paths: Iterable[str]) -> set[str]:
         """Which of them are asked for with these paths."""
         asked: set[str] = set()
         for path in paths:
             for part in self._parts.get(path, (_Part(path),)):
-                if part.path in self._reader.index:
+                if part.path in self._whole:
                     units = self._units_of(part.path)
                     asked.update(units if not part.index or len(units) == 1 else [units[part.index[0]]])
         return asked
@@ -123,13 +120,13 @@ class LayeredReader:
     def paths_of(self, units: Collection[str]) -> set[str]:
         """What such units are called: the stored tensor, where all of its layers are among them."""
         found: set[str] = set()
-        for path in self._reader.index:
+        for path in self._whole:
             own = self._units_of(path)
             found.update([path] if units and all(unit in units for unit in own) else set(own) & set(units))
         return found
 
     def _units_of(self, path: str) -> list[str]:
-        shape = self._reader.index[path].global_shape
+        shape = self._whole[path].global_shape
         layered = _ALL_LAYERS.fullmatch(state_prefix(path) or path) is not None
         if layered and len(shape) > 1 and 1 <= shape[0] <= _MOST_LAYERS:
             return [f"{path}[{number}]" for number in range(shape[0])]
@@ -154,7 +151,7 @@ class LayeredReader:
         self, base: str, stored_base: str, index: tuple[int, ...], counts: tuple[int, ...] | None
     ) -> Iterator[tuple[str, StoredTensor, tuple[_Part, ...]]]:
         for path in self._stored[stored_base]:
-            stored, axes = self._reader.index[path], len(index)
+            stored, axes = self._whole[path], len(index)
             there = stored.global_shape[:axes]
             if len(there) < axes:
                 continue  # a count of steps, kept per parameter
@@ -174,7 +171,7 @@ class LayeredReader:
             layers.append(layer)
         for path in self._stored[layers[0]] if layers else ():
             moment = path.removeprefix(layers[0])
-            stored = [self._reader.index.get(layer + moment) for layer in layers]
+            stored = [self._whole.get(layer + moment) for layer in layers]
             if stored[0] is not None and all(each == stored[0] for each in stored):
                 what = StoredTensor(stored[0].dtype, (len(layers), *stored[0].global_shape))
                 parts = (_Part(layer + moment, (), n, 1, stacked=True) for n, layer in enumerate(layers))
@@ -186,7 +183,7 @@ class LayeredReader:
             return
         for path in self._stored[halves[0]]:
             moment = path.removeprefix(halves[0])
-            stored = [self._reader.index.get(half + moment) for half in halves]
+            stored = [self._whole.get(half + moment) for half in halves]
             first, second = stored
             if first is None or second is None or first != second or not first.global_shape:
                 continue

@@ -28,7 +28,7 @@ from resilience.errors import CorruptCopyError, LayoutMismatchError, ResilienceE
 from resilience.formats.keys import BUCKETS_PREFIX
 from resilience.formats.optimizer_common import DP_RESHARDABLE, SHARDING_TYPE, marked_groups
 from resilience.formats.optimizer_view import OptimizerView
-from resilience.formats.protocol import CheckpointReader, Chunk, RankShare
+from resilience.formats.protocol import Chunk, RankShare, StateReader
 from resilience.planning.bucket_space import Flattened, bucket_number, common_box, runs_of_box, stem_of
 from resilience.replication.communicator import Agreements
 from resilience.state.distributed_state import MAIN, DistributedOptimizerState
@@ -287,13 +287,13 @@ _LENGTHS: Mapping[str, Callable[[_Bucket], int]] = {
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def lies_in_buckets(reader: CheckpointReader) -> bool:
+def lies_in_buckets(reader: StateReader) -> bool:
     """Whether the optimizer's state of this checkpoint is in this form."""
     content = reader.common.get("content_metadata")
     return isinstance(content, Mapping) and content.get(SHARDING_TYPE) == DP_RESHARDABLE
 
 
-def seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> OptimizerView:
+def seen_by_parameter(state: TrainingState, reader: StateReader) -> OptimizerView:
     """A checkpoint of ours in which optimizer state lies in buckets, seen by parameter, for this rank's place.
 
     LayoutMismatchError, before any tensor is read, if the sizes of tensor, pipeline or expert parallelism are other
@@ -307,7 +307,7 @@ def seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> Optimiz
         raise CorruptCopyError(f"{reader.folder} does not say what its buckets hold ({error!r}).") from error
 
 
-def _seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> OptimizerView:
+def _seen_by_parameter(state: TrainingState, reader: StateReader) -> OptimizerView:
     assert reader.record is not None, "a checkpoint of ours"
     layout = state.layout or ParallelLayout.default(0, 1)
     tree = _tree_of_this_place(reader, layout, reader.record.world_size)
@@ -337,12 +337,12 @@ def _seen_by_parameter(state: TrainingState, reader: CheckpointReader) -> Optimi
     return OptimizerView(reader, {}, flattened, copies)
 
 
-def _moments(reader: CheckpointReader, stem: str) -> list[str]:
+def _moments(reader: StateReader, stem: str) -> list[str]:
     start = _path(stem, "")
     return [path.removeprefix(start) for path in reader.index if path.startswith(start)]
 
 
-def _check_fits(reader: CheckpointReader, flat: Flattened, name: str) -> None:
+def _check_fits(reader: StateReader, flat: Flattened, name: str) -> None:
     length = math.prod(reader.index[flat.stored].global_shape)
     if flat.start + math.prod(flat.shape) > length:
         raise LayoutMismatchError(
@@ -351,7 +351,7 @@ def _check_fits(reader: CheckpointReader, flat: Flattened, name: str) -> None:
         )
 
 
-def _tree_of_this_place(reader: CheckpointReader, layout: ParallelLayout, world_size: int) -> Mapping[str, Any]:
+def _tree_of_this_place(reader: StateReader, layout: ParallelLayout, world_size: int) -> Mapping[str, Any]:
     """The tree of a saved rank that stood where this rank stands."""
     for rank in range(world_size):
         state = reader.rank_state(rank)

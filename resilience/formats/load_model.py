@@ -29,7 +29,7 @@ def load_into(
     missing = {path for path in wanted.reader.paths_of(wanted.unasked) if path.startswith(MODEL_PREFIX)}
     absent = {path for path in wanted.paths.values() if path not in wanted.reader.index}
     difference = judge_keys(set(map(stored_key, absent)), set(map(stored_key, missing)), strictness)
-    reader.verify(wanted.reader.files(wanted.targets))
+    reader.verify(reader.files(wanted.reader.as_stored(wanted.targets)))
     with torch.no_grad():
         wanted.reader.read(wanted.targets)
     return wanted.tensors, difference
@@ -67,7 +67,7 @@ def _of_model(reader: CheckpointReader, model: torch.nn.Module) -> _Wanted:
     inner = unwrapped(model)
     said = megatron_places(inner, "the model")
     stored, own = {stored_key(path) for path in reader.index}, inner.state_dict().keys()
-    bare = {name: name if name in stored else _without_wrapper(name, stored | own) for name in tensors}
+    bare = {name: _without_wrapper(_without_wrapper(name, stored), stored | own) for name in tensors}
     paths = {name: f"{MODEL_PREFIX}0/{path_component(said.names.get(bare[name], bare[name]))}" for name in tensors}
     places = StoredPlaces({f"{MODEL_PREFIX}0/{path_component(name)}": (at, ()) for name, at in said.tensors.items()})
     wanted = _Wanted(LayeredReader(reader, places.bases, paths.values()), tensors, paths)

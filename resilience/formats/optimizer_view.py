@@ -8,7 +8,7 @@ stored, nothing is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from resilience.errors import LayoutMismatchError
-from resilience.formats.protocol import CheckpointReader, RankState, StoredTensor, Target
+from resilience.formats.protocol import RankState, StateReader, StoredTensor, Target
 from resilience.planning.bucket_space import Flattened, common_box, runs_of_box
 from resilience.stores.shared_records import FolderRecord
 
@@ -24,7 +24,7 @@ __all__ = ["OptimizerView"]
 
 
 class OptimizerView:
-    """`reader` with other paths for some of its tensors; see `CheckpointReader`.
+    """`reader` with other paths for some of its tensors; see `StateReader`.
 
     `renamed`: path here → path there. `flattened`: path here → its place in a bucket. `copies`: path of what is stored
     → that of what has the same content, so that whoever asks for the one need not ask for the other.
@@ -32,7 +32,7 @@ class OptimizerView:
 
     def __init__(
         self,
-        reader: CheckpointReader,
+        reader: StateReader,
         renamed: Mapping[str, str],
         flattened: Mapping[str, Flattened],
         copies: Mapping[str, str] | None = None,
@@ -89,12 +89,6 @@ class OptimizerView:
         self._reader.read(there)
         for put in afterwards:
             put()
-
-    def files(self, targets: Sequence[Target], rank: int | None = None) -> frozenset[str]:
-        return self._reader.files([part for target in targets for part in self._translated(target, [])], rank)
-
-    def verify(self, files: Iterable[str] | None = None) -> None:
-        self._reader.verify(files)
 
     def close(self) -> None:
         self._reader.close()

@@ -195,7 +195,7 @@ class StateReader(Protocol):
 
     @property
     def common(self) -> Mapping[str, Any]:
-        """What is not sharded: `common.pt` or the object `common_state`."""
+        """What is not sharded: `common.pt` or the object `common_state`; nothing in shards."""
         ...
 
     @property

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,14 +54,20 @@ class ShardsReader:
     def index(self) -> Mapping[str, StoredTensor]:
         return {key: StoredTensor(_dtype(each.dtype), each.global_shape) for key, each in self._together.whole.items()}
 
-    #: What only a checkpoint in a folder has: second names, a common state, objects for other programs.
-    aliases: Mapping[str, str] = MappingProxyType({})
-    common: Mapping[str, Any] = MappingProxyType({})
-    objects: Collection[str] = ()
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def common(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        return ()
 
     def read_object(self, key: str) -> Any:
-        """There are none."""
-        raise MissingKeysError(f"{self.folder} lacks the object {key}.")
+        raise MissingKeysError(f"{self.folder} has no object {key}: shards hold nothing for other programs.")
 
     def rank_state(self, rank: int) -> RankState | None:
         """Tensors that did not come along are promised: allocated when they are asked for, filled by `fill`."""
