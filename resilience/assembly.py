@@ -6,6 +6,7 @@ events.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -342,9 +343,17 @@ def _refuse_shared_directories(stores: Sequence[NodeStore], job: Job, setup: Agr
         agree_all(setup, leave_marks)
         agree_all(setup, look_for_others)
     finally:
-        for store in stores:
-            if job.leads_node:
-                store.fs.unlink(store.base / store.run_id / mine)
+        if job.leads_node:
+            _remove_marks(stores, others)
+
+
+def _remove_marks(stores: Sequence[NodeStore], others: set[str]) -> None:
+    """This node's, and what starts that were killed left. One that stays does no harm: the next start removes it."""
+    for store in stores:
+        with contextlib.suppress(OSError):
+            for name in store.fs.list_dir(store.base / store.run_id):
+                if name.startswith(_NONCE) and name not in others:
+                    store.fs.unlink(store.base / store.run_id / name)
 
 
 def _keeper(

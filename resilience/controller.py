@@ -78,7 +78,7 @@ class ResiliencyController:
         events = self.resiliency.events
         self.events = EventLog(
             None if events is None else Path(events), node_identity(self.resiliency, env),
-            self._communicator.rank, self.clock,
+            self._communicator.rank, self.clock, threads=threads,
         )  # fmt: skip
         for override in overrides:
             self.tell("warning", what=str(override), advice="")
@@ -379,6 +379,14 @@ class ResiliencyController:
     def tell(self, event: str, **fields: Any) -> None:
         """Emit an event of this rank."""
         self.events.emit(event, **fields)
+
+    def tell_exception(self, error: BaseException) -> None:
+        """What ended the loop; of a peer that was lost also on which node it ran."""
+        said, peer = f"{type(error).__name__}: {error}"[:500], {}
+        if isinstance(error, PeerLostError) and error.rank is not None and self._start is not None:
+            peer = {"peer": error.rank, "peer_node": self._start.job.nodes[error.rank]}
+            said = f"{said} Rank {error.rank} runs on node {peer['peer_node']}."
+        self.tell("exception", error=said, **peer)
 
     def _running(self) -> tuple[Saving, Ledger]:
         if self._saving is None or self._ledger is None:

@@ -15,7 +15,7 @@ from resilience.planning.book import Book, Change, unsettled
 from resilience.planning.cadence import best_interval
 from resilience.planning.control import ControlAgreement, ControlReport
 from resilience.planning.inventory import SaveId
-from resilience.planning.patience import STALL_BOUNDS
+from resilience.planning.patience import STILL_BOUNDS
 from resilience.planning.schedule import Due, due_at
 from resilience.replication.conversation import Conversation
 from resilience.runtime.clock import Clock
@@ -24,7 +24,6 @@ from resilience.saving.progress import Stillness
 
 __all__ = ["Ledger"]
 
-_STILL_BOUNDS = STALL_BOUNDS + 2  # an exchange with a stuck peer gives up first, and its save settles
 _LONGEST_CADENCE = 10  # `cadence="auto"` goes up to this many times the configured interval
 
 
@@ -107,7 +106,7 @@ class Ledger:
         Once nothing moved on any rank for longer than any peer is waited for: which saves wait for what, on all ranks.
         """
         saving, stillness = self._saving, Stillness(self._clock.now)
-        bound_s = _STILL_BOUNDS * self._resiliency.exchange_timeout_s
+        bound_s = STILL_BOUNDS * self._resiliency.exchange_timeout_s
         while not self.parted:
             saving.lanes.wait_saves(1.0)
             idle_s = stillness.seconds(saving.progress(self.book.slots()))

@@ -216,8 +216,8 @@ class ResilientTrainer:
         terminated = self._watchdog is not None and self._watchdog.terminated
         # after TERM a handler of the user's may exit: that is no orderly end, as nothing was saved
         failed = error is not None and not isinstance(error, StoppedExit if terminated else SystemExit)
-        if failed:
-            self._controller.tell("exception", error=f"{type(error).__name__}: {error}"[:500])
+        if failed and error is not None:
+            self._controller.tell_exception(error)
             if self._watchdog is not None and self._watchdog.terminated and not isinstance(error, SaveFailedError):
                 self._watchdog.exit_terminated()
         self.close(failed=failed)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -47,3 +49,14 @@ def memory_mount() -> Iterator[Path]:
 def repository() -> Path:
     """The checkout's root: for tests of the files beside the package (docs, Makefile, examples)."""
     return Path(__file__).resolve().parent.parent
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How much was tried: the sums of what tests recorded under `record_property("tried: …", number)`."""
+    sums: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                sums.update({name: count for name, count in report.user_properties if name.startswith("tried: ")})
+    for name, count in sorted(sums.items()):
+        terminalreporter.write_line(f"{name}: {count:,}")

@@ -87,7 +87,7 @@ RESILIENCY_DEFAULTS: dict[str, object] = {
     "secret_env": None,
 }
 #: The page says "at least": what was added since.
-ADDED_DEFAULTS: dict[str, object] = {"save_frozen": True}
+ADDED_DEFAULTS: dict[str, object] = {"save_frozen": True, "replicas_from": "network"}
 RESILIENCY_CHOICES = {
     "snapshot_mode": ("eager", "overlapped"),
     "redundancy": ("replica", "xor", "rs"),
@@ -95,6 +95,7 @@ RESILIENCY_CHOICES = {
     "on_no_usable_save": ("stop", "fresh"),
     "verify_load": ("digest", "off"),
     "cadence": ("fixed", "auto"),
+    "replicas_from": ("network", "live"),
 }
 REPLICATED: dict[str, Any] = {
     "non_persistent_ckpt_type": "local",

@@ -65,6 +65,17 @@ def test_defaults_ask_for_nothing_that_is_missing() -> None:
     assert unsupported(CheckpointConfig(), ResiliencyConfig()) == []
 
 
+def test_replicas_are_composed_only_where_there_are_whole_ones() -> None:
+    live = {"replicas_from": "live"}
+    validate_together(CheckpointConfig(**REPLICATED), ResiliencyConfig(**live))
+    with pytest.raises(ConfigError, match=r"replicas_from.*parity is computed from all bytes"):
+        validate_together(
+            CheckpointConfig(**REPLICATED, replication_factor=4), ResiliencyConfig(**live, redundancy="xor")
+        )
+    with pytest.raises(ConfigError, match=r"replicas_from.*replication is off"):
+        validate_together(CheckpointConfig(), ResiliencyConfig(**live))
+
+
 def test_several_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)2 settings cannot be used.*metrics.*redundancy"):
         validate_together(CheckpointConfig(), ResiliencyConfig(redundancy="rs", metrics="metrics.prom"))

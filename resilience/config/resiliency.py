@@ -77,6 +77,12 @@ class ResiliencyConfig:
         "What other nodes hold: whole copies, or parity for 1 (`xor`) or 2 (`rs`) losses per clique. For the last two "
         "`replication_factor` is the clique's size.",
     )
+    replicas_from: Literal["network", "live"] = setting(
+        "network",
+        "Where the bytes of a replica come from that data parallelism keeps equal anyway: from their owner, or, with "
+        "`live`, from the holder's own live state at the boundary, so that only the rest travels. The stall grows by "
+        "that copy.",
+    )
     on_save_failure: Literal["warn", "raise"] = setting(
         "warn", "A failed save is reported and counted, or ends training."
     )

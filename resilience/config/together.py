@@ -49,6 +49,7 @@ def validate_together(
             )
         )
     problems += _redundancy_problems(checkpoint, resiliency)
+    problems += _composing_problems(checkpoint, resiliency)
     if checkpoint.replication and resiliency.redundancy == "replica" and domains is not None:
         problems += _domain_problems(checkpoint, domains, world_size, ranks_per_node)
     if len(problems) == 1:
@@ -99,6 +100,19 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
             "Leave metrics out and set events: the same figures are in the event files.",
         )
     return found
+
+
+def _composing_problems(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> list[ConfigError]:
+    """Only whole copies can be composed of what a holder has itself."""
+    if resiliency.replicas_from == "network" or (checkpoint.replication and resiliency.redundancy == "replica"):
+        return []
+    given = f'resiliency.replicas_from: given "{resiliency.replicas_from}"'
+    why = (
+        f'but resiliency.redundancy is "{resiliency.redundancy}": parity is computed from all bytes'
+        if checkpoint.replication
+        else "but checkpoint.replication is off, so that there are no replicas"
+    )
+    return [ConfigError(f"{given}, {why}.", advice='Leave replicas_from at "network".')]
 
 
 #: Of the schemes that keep parity: the smallest clique, and the largest one that a factor may ask for.

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from resilience.config.yaml_bounds import unfolds_too_far
-from resilience.errors import CommandError, CorruptCopyError
+from resilience.errors import AnotherJobError, CommandError, CorruptCopyError, StoreError
 from resilience.formats.convert_parts import Extent, parts_of
 from resilience.formats.convert_ranks import in_turn
 from resilience.formats.convert_safetensors import write_safetensors
@@ -34,6 +34,7 @@ from resilience.formats.loader_files import loader_file, loader_states
 from resilience.formats.protocol import CheckpointReader, Chunk, RankShare, RankState, SaveMeta, StoredTensor
 from resilience.formats.registry import checkpoint_format, open_checkpoint
 from resilience.stores.filesystem import FileSystem
+from resilience.stores.lock import ALL_RANKS, LOCK
 from resilience.stores.shared_records import RECORD_NAME, Owner, encode_owner, folder_name, iteration_of
 from resilience.stores.trackers import RELEASE, TEXT_TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER
 
@@ -64,11 +65,15 @@ def convert(source: Path, destination: Path, to: str, fs: FileSystem) -> Convert
     """
     _refuse_what_is_there(destination, fs)
     reader = open_checkpoint(find_checkpoint(source, fs), fs)
-    beside = destination.with_name(f".{destination.name}.converting-{secrets.token_hex(4)}")
+    prefix = f".{destination.name}.converting-"
+    beside = destination.with_name(prefix + secrets.token_hex(4))
+    lock = fs.lock(beside, ALL_RANKS)
     try:
         reader.verify()
         tensors = StoredTensors(reader, fs)
+        _sweep_killed(destination.parent, prefix, fs)
         fs.make_dir(beside)
+        lock.acquire()
         if to == SAFETENSORS:
             inner = Path()
             write_safetensors(beside, tensors, fs)
@@ -76,14 +81,33 @@ def convert(source: Path, destination: Path, to: str, fs: FileSystem) -> Convert
             inner = Path(_write_checkpoint(beside, tensors, to, fs))
         nbytes = _make_durable(beside, fs)
         fs.rename(beside, destination)
+        fs.unlink(destination / LOCK)
+        fs.fsync_dir(destination)
         fs.fsync_dir(destination.parent)
     except BaseException:
         fs.remove_tree(beside)
         raise
     finally:
+        lock.release()
         reader.close()
     world_size = reader.record.world_size if reader.record else 1
     return Converted(destination / inner, len(reader.index), nbytes, _iteration(reader, fs), world_size)
+
+
+def _sweep_killed(parent: Path, prefix: str, fs: FileSystem) -> None:
+    """Remove what conversions to the same destination were making when they were killed: nobody holds its lock."""
+    for name in fs.list_dir(parent):
+        if not name.startswith(prefix):
+            continue
+        lock = fs.lock(parent / name, ALL_RANKS)
+        try:
+            lock.acquire()
+        except (AnotherJobError, StoreError):
+            continue
+        try:
+            fs.remove_tree(parent / name)
+        finally:
+            lock.release()
 
 
 def _refuse_what_is_there(destination: Path, fs: FileSystem) -> None:

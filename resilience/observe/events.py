@@ -1,8 +1,9 @@
 """What happened, when, on which rank: the event log of a job, one JSON Lines file per node.
 
 Writing never harms training: one `O_APPEND` write per line (whole even when several ranks of a node share the file),
-a bounded line, and a disk that fails is counted and mentioned once. Reading is tolerant: a line torn by a killed
-process is skipped and counted. Events that a person wants to know of are also said on stderr (`phrases.py`).
+a bounded line, a disk that fails is counted and mentioned once, and one that hangs is not waited for (`pen.py`).
+Reading is tolerant: a line torn by a killed process is skipped and counted. Events that a person wants to know of are
+also said on stderr (`phrases.py`).
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resilience.observe.pen import Pen
 from resilience.observe.phrases import ANYONE_MAY_SAY, phrase
 from resilience.runtime.clock import Clock
+from resilience.runtime.threads import SYSTEM_THREADS, Threads
 
 SCHEMA_VERSION = 1
 MAX_LINE_BYTES = 16 * 1024
@@ -73,6 +75,7 @@ class EventLog:
         clock: Clock,
         *,
         say: Callable[[str], None] | None = None,
+        threads: Threads = SYSTEM_THREADS,
     ) -> None:
         self.attempt = ""
         self.failures = 0
@@ -80,14 +83,9 @@ class EventLog:
         self._rank = rank
         self._clock = clock
         self._say = say if say is not None else _say_on_stderr
-        self._fd: int | None = None
+        self._pen: Pen | None = None
         if directory is not None:
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                path = directory / f"{node_id.replace('/', '_')}.jsonl"
-                self._fd = _open_for_appending(path)
-            except OSError as error:
-                self._failed(error)
+            self._pen = Pen(directory / f"{node_id.replace('/', '_')}.jsonl", self._failed, threads)
 
     def emit(self, event: str, /, **fields: Any) -> None:
         """Write one event. `fields` hold plain values; what JSON lacks is written as its text."""
@@ -101,12 +99,10 @@ class EventLog:
             "event": event,
             **fields,
         }
-        if self._fd is not None:
+        if self._pen is not None:
             try:
-                line = encode_line(entry)
-                if os.write(self._fd, line) != len(line):
-                    raise OSError("only part of a line was written")
-            except (OSError, ValueError) as error:
+                self._pen.write(encode_line(entry))
+            except ValueError as error:
                 self._failed(error)
         if self._rank == 0 or event in ANYONE_MAY_SAY:
             sentence = phrase(entry)
@@ -114,24 +110,14 @@ class EventLog:
                 self._say(sentence if self._rank == 0 else f"rank {self._rank}: {sentence}")
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        pen, self._pen = self._pen, None
+        if pen is not None:
+            pen.close()
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
         if self.failures == 1:
             self._say(f"events of node {self._node_id} cannot be written ({error}); training goes on without them")
-
-
-def _open_for_appending(path: Path) -> int:
-    """A pipe that somebody put there would be waited for, and a link may lead to any file of ours. OSError."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    fd = os.open(path, flags, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(f"{path} is no regular file")
-    return fd
 
 
 def _say_on_stderr(sentence: str) -> None:

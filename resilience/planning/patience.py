@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["LOOKS_PER_BOUND", "STALL_BOUNDS", "GivenUp", "Patience"]
+__all__ = ["LOOKS_PER_BOUND", "STALL_BOUNDS", "STILL_BOUNDS", "GivenUp", "Patience"]
 
 LOOKS_PER_BOUND: Final = 4  #: so many looks at least before anybody is given up
 STALL_BOUNDS: Final = 10  #: a peer that lives and does not move is given up after so many times the bound of silence
+STILL_BOUNDS: Final = STALL_BOUNDS + 2  #: nor is a save waited for longer: an exchange with such a peer gives up first
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ Every agreed save causes exactly one exchange on every member, in the same order
 the rate) and closes with a frame that carries its digest. A failed owner says "none" in the first or the last frame; it
 is never silent. Receivers hash segments as they arrive, so that hashing hides behind the network, and refuse what does
 not match: a replica is the owner's bytes or it is nothing.
+
+Where holders compose replicas from their own live state (`snapshot/twins.py`), each first asks its owners for the whole
+of a shard, or, by the number of the layout that it has composed, for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -18,16 +22,19 @@ import torch
 from resilience.errors import CorruptCopyError, PeerLostError
 from resilience.planning.inventory import SaveId
 from resilience.planning.pacing import is_piece
+from resilience.planning.travel import Range, pieces_of_ranges
 from resilience.replication.communicator import PROVED_TAG, Links, Transfer
 from resilience.replication.pace import Pace
 from resilience.snapshot.arena import Arena
+from resilience.snapshot.twins import Twin
 from resilience.stores.digest import ALGORITHM, SegmentedDigest, is_digest, segments
 
 __all__ = ["CliqueExchange", "ExchangeBrokenError", "Inbox", "Offer", "Received"]
 
 _MAGIC: Final = 0x52455349_4C494531
-_OPENING, _SEGMENT, _CLOSING = 1, PROVED_TAG, 3
+_OPENING, _SEGMENT, _CLOSING, _ASKING = 1, PROVED_TAG, 3, 4
 _OPENING_WORDS: Final = 8
+_ASKING_WORDS: Final = 5
 _CLOSING_BYTES: Final = 128
 _LARGEST_SHARD: Final = 1 << 45
 
@@ -40,6 +47,11 @@ class Offer:
     arena: Arena | None
     #: Called once, after the segments were posted: this rank's digest, or None if the save turned out void.
     digest: Callable[[], str | None]
+    #: What a holder that composed a shard of this layout still needs.
+    layout_id: int = 0
+    rest: tuple[Range, ...] = ()
+    #: By owner: replicas that this rank composed. The exchange takes out those that it takes charge of.
+    twins: dict[int, Twin] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class Received:
     slot: Arena
     nbytes: int
     digest: str
+    composed: bool = False
 
 
 class ExchangeBrokenError(PeerLostError):
@@ -96,6 +109,7 @@ class _Incoming:
     pieces: tuple[_Piece, ...] = ()
     nbytes: int = 0
     arrived: int = 0
+    composed: bool = False  # all but what comes was copied from this rank's own state
 
 
 @dataclass
@@ -104,6 +118,7 @@ class _Outgoing:
 
     delivered: dict[int, int]
     nbytes: int = 0
+    ranges: dict[int, tuple[Range, ...]] = field(default_factory=dict)  # by holder, where it is not all
     transfers: list[tuple[Transfer, int, int]] = field(default_factory=list)  # each with holder and bytes
 
 
@@ -118,9 +133,18 @@ class CliqueExchange:
         sources: Sequence[int],
         pace: Pace,
         algorithm: str = ALGORITHM,
+        *,
+        composing: bool = False,
     ) -> None:
-        """`holders` receive this rank's shard, `sources` send theirs here; `algorithm`: of the digests of all."""
+        """`holders` receive this rank's shard, `sources` send theirs here; `algorithm`: of the digests of all.
+
+        `composing`: on all members, or on none.
+        """
         self._algorithm = algorithm
+        self._composing = composing
+        self.sent_bytes = 0  # of shards, in all exchanges so far, and what need not be sent
+        self.spared_bytes = 0
+        self.unequal: set[int] = set()  # owners whose composed shards did not match, in the newest exchange
         self._links = links
         self._rank = rank
         self._holders = tuple(holders)
@@ -149,12 +173,15 @@ class CliqueExchange:
         if decided:  # the bytes will take long: the save is committed, or void, before they go
             digest = offer.digest()
             offer = offer if digest is not None else Offer(offer.save, None, offer.digest)
+        self.unequal = set()
         for owner in self._sources:
             incoming.append(self._expect(owner))
+        if self._composing:
+            self._ask(offer, outgoing)
         reasons: dict[int, str] = {}
         self._announce(offer, outgoing)
         for one in incoming:
-            self._open(one, offer.save, inbox, reasons)
+            self._open(one, offer, inbox, reasons)
         self._send(offer.arena, outgoing)
         if not decided:
             digest = offer.digest()
@@ -183,24 +210,48 @@ class CliqueExchange:
         nbytes = 0 if offer.arena is None else offer.arena.nbytes
         outgoing.nbytes = nbytes
         piece = self._pace.piece(nbytes, len(self._holders))
-        words = [_MAGIC, offer.save.iteration, offer.save.generation, self._rank, nbytes, int(nbytes > 0), piece, 0]
-        opening = torch.tensor(words, dtype=torch.int64)
+        words = [_MAGIC, offer.save.iteration, offer.save.generation, self._rank, nbytes, int(nbytes > 0), piece]
         for peer in self._holders:
+            opening = torch.tensor([*words, int(peer in outgoing.ranges)], dtype=torch.int64)
             outgoing.transfers.append((self._links.send(opening, peer, _OPENING), peer, 0))
 
     def _send(self, arena: Arena | None, outgoing: _Outgoing) -> None:
         if arena is None:
             return
-        for start, stop in _pieces(arena.nbytes, self._pace.piece(arena.nbytes, len(self._holders))):
+        piece_bytes, whole = self._pace.piece(arena.nbytes, len(self._holders)), ((0, arena.nbytes),)
+        pieces = {peer: list(pieces_of_ranges(outgoing.ranges.get(peer, whole), piece_bytes)) for peer in self._holders}
+        for turn in range(max(map(len, pieces.values()), default=0)):  # all links at once
             for peer in self._holders:
-                self._pace.wait(stop - start)
-                sent = self._links.send(arena.segment(start, stop), peer, _SEGMENT)
-                outgoing.transfers.append((sent, peer, stop - start))
+                for start, stop in pieces[peer][turn : turn + 1]:
+                    self._pace.wait(stop - start)
+                    sent = self._links.send(arena.segment(start, stop), peer, _SEGMENT)
+                    outgoing.transfers.append((sent, peer, stop - start))
+        moving = sum(stop - start for each in pieces.values() for start, stop in each)
+        self.sent_bytes += moving
+        self.spared_bytes += len(self._holders) * arena.nbytes - moving
 
-    def _open(self, one: _Incoming, save: SaveId, inbox: Inbox, reasons: dict[int, str]) -> None:
+    def _ask(self, offer: Offer, outgoing: _Outgoing) -> None:
+        """Tell the owners what is needed of their shards, and hear what the holders need of this rank's."""
+        save = offer.save
+        asked = {peer: torch.zeros(_ASKING_WORDS, dtype=torch.int64) for peer in self._holders}
+        posted = [(peer, self._links.receive(asked[peer], peer, _ASKING)) for peer in self._holders]
+        for owner in self._sources:
+            composed = offer.twins[owner].layout_id if owner in offer.twins else 0
+            words = torch.tensor([_MAGIC, save.iteration, save.generation, self._rank, composed], dtype=torch.int64)
+            outgoing.transfers.append((self._links.send(words, owner, _ASKING), owner, 0))
+        for peer, transfer in posted:
+            self._links.wait(transfer)
+            *frame, composed = asked[peer].tolist()
+            if frame != [_MAGIC, save.iteration, save.generation, peer]:
+                raise PeerLostError(f"rank {peer} asked in another exchange: {frame[1:]}", rank=peer)
+            if offer.arena is not None and composed and composed == offer.layout_id:
+                outgoing.ranges[peer] = offer.rest
+
+    def _open(self, one: _Incoming, offer: Offer, inbox: Inbox, reasons: dict[int, str]) -> None:
         """Read the opening frame and post the receives of what it announces."""
         self._links.wait(one.opened)
-        magic, iteration, generation, owner, nbytes, sending, piece, *_ = one.opening.tolist()
+        save = offer.save
+        magic, iteration, generation, owner, nbytes, sending, piece, partly = one.opening.tolist()
         expected = (_MAGIC, save.iteration, save.generation, one.owner)
         if (
             (magic, iteration, generation, owner) != expected
@@ -217,15 +268,27 @@ class CliqueExchange:
             reasons[one.owner] = "it has nothing to send for this save"
             return
         one.nbytes = nbytes
-        try:
-            one.slot = inbox.slot(one.owner, nbytes)
-        except OSError as error:
-            reasons[one.owner] = f"no room for its replica: {error}"
-            one.sink = torch.empty(min(nbytes, piece), dtype=torch.uint8)
+        ranges: tuple[Range, ...] = ((0, nbytes),)
+        twin = offer.twins.get(one.owner)
+        if partly:
+            if twin is None or twin.slot.nbytes != nbytes:
+                raise PeerLostError(f"rank {one.owner} sends a rest that was not asked for", rank=one.owner)
+            one.slot, ranges, one.composed = offer.twins.pop(one.owner).slot, twin.rest, True
+        elif twin is not None and twin.slot.nbytes == nbytes:
+            one.slot = offer.twins.pop(one.owner).slot
+        else:
+            self._make_room(one, inbox, piece, reasons)
         one.pieces = tuple(
             _Piece(self._links.receive(self._landing(one, start, stop), one.owner, _SEGMENT), start, stop)
-            for start, stop in _pieces(nbytes, piece)
+            for start, stop in pieces_of_ranges(ranges, piece)
         )
+
+    def _make_room(self, one: _Incoming, inbox: Inbox, piece: int, reasons: dict[int, str]) -> None:
+        try:
+            one.slot = inbox.slot(one.owner, one.nbytes)
+        except OSError as error:
+            reasons[one.owner] = f"no room for its replica: {error}"
+            one.sink = torch.empty(min(one.nbytes, piece), dtype=torch.uint8)
 
     def _landing(self, one: _Incoming, start: int, stop: int) -> torch.Tensor:
         if one.slot is not None:
@@ -237,12 +300,12 @@ class CliqueExchange:
     def _arrive(self, one: _Incoming) -> str:
         """Wait for the pieces and hash each segment as soon as it is there."""
         digest = SegmentedDigest(self._algorithm)
-        pieces = iter(one.pieces)
+        left = deque(one.pieces)
         for start, stop in segments(one.nbytes):
-            while one.arrived < stop:
-                piece = next(pieces)
+            while left and left[0].start < stop:
+                piece = left.popleft()
                 self._links.wait(piece.transfer)
-                one.arrived = piece.stop
+                one.arrived += piece.stop - piece.start
             if one.slot is not None:
                 digest.add(one.slot.mapped.view[start:stop])
         return digest.value()
@@ -260,21 +323,15 @@ class CliqueExchange:
         except CorruptCopyError as error:
             announced, reasons[one.owner] = None, str(error)
         if announced is not None and announced == digest:
-            return Received(one.owner, one.slot, one.nbytes, announced)
+            return Received(one.owner, one.slot, one.nbytes, announced, one.composed)
         if announced is not None:
+            self.unequal |= {one.owner} if one.composed else set()
             reasons[one.owner] = f"its bytes arrived with digest {digest}, it announced {announced}"
         else:
             reasons.setdefault(one.owner, "it gave up this save")
         slot, one.slot = one.slot, None
         inbox.discard(one.owner, slot, reusable=True)
         return None
-
-
-def _pieces(nbytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """`(start, stop)` of each piece: none reaches over the end of a segment of the digest."""
-    for start, stop in segments(nbytes):
-        for at in range(start, stop, piece_bytes):
-            yield at, min(at + piece_bytes, stop)
 
 
 def _broken(error: PeerLostError, incoming: Sequence[_Incoming], outgoing: _Outgoing) -> ExchangeBrokenError:

@@ -8,18 +8,20 @@ elected.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from resilience.errors import ResilienceError
 from resilience.planning.control import SlotReport
 from resilience.planning.inventory import Kept, SaveId
+from resilience.planning.travel import Range
 from resilience.replication.clique import ExchangeBrokenError, Offer
 from resilience.replication.communicator import Agreements
-from resilience.replication.redundancy import Redundancy
+from resilience.replication.redundancy import Redundancy, UnequalCopiesError
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.equality import Sample
+from resilience.snapshot.twins import Twin
 from resilience.stores.digest import SegmentedDigest, segments
 from resilience.stores.keeper import ShardKeeper
 
@@ -41,6 +43,9 @@ class SaveJob:
     split: bool
     healthy: bool = True
     error: str = ""
+    layout_id: int = 0  # of the arena, and what of it a holder that composed the others' bytes needs
+    rest: tuple[Range, ...] = ()
+    twins: dict[int, Twin] = field(default_factory=dict)  # by owner: replicas that this rank composed
 
 
 class Board:
@@ -94,6 +99,7 @@ class Protection:
         self._exchange: Redundancy | None = None
         self.replicating = False  # whether replicas are wanted at all (and not only possible right now)
         self.broken = False  # the clique's group is down: a new epoch is wanted
+        self._doubt = ""  # what a composed replica showed: the next save fails, and the one after it finds out more
 
     def connect(self, exchange: Redundancy | None) -> None:
         """Use a new epoch's exchange from here on."""
@@ -104,7 +110,7 @@ class Protection:
 
     def run(self, job: SaveJob) -> None:
         """Take one save through all its steps."""
-        began = self._now()
+        began, before = self._now(), self._traffic
         attempt = _Attempt(self, job)
         try:
             if self._exchange is not None and self._exchange.settles_first:
@@ -118,10 +124,18 @@ class Protection:
             if attempt.error:
                 self._fail(job, attempt.error)
             else:
-                self._finish(job, began, missing)
+                self._finish(job, began, before, missing)
         finally:
+            for owner, twin in job.twins.items():  # that no exchange took charge of
+                self._keeper.discard(owner, twin.slot, reusable=True)
+            job.twins.clear()
             if job.arena is not None:
                 self._keeper.unpin(job.arena)
+
+    def take_doubt(self) -> str:
+        """Once: why the save that comes next must fail."""
+        doubt, self._doubt = self._doubt, ""
+        return doubt
 
     def _fail(self, job: SaveJob, error: str) -> None:
         self._board.report(SlotReport(job.save, "failed", failed=True, settled=True), error)
@@ -151,12 +165,16 @@ class Protection:
             return ""
         if self._exchange is None or self.broken:
             return "the link to the clique is down"
-        offer = Offer(job.save, job.arena if attempt.sendable else None, attempt.digest)
+        arena = job.arena if attempt.sendable else None
+        offer = Offer(job.save, arena, attempt.digest, job.layout_id, job.rest, job.twins)
         try:
             return "; ".join(self._exchange.protect(offer, lacks, split=job.split))
         except ExchangeBrokenError as error:
             self.broken = True
             return self._tell_down(job.save, error)
+        except UnequalCopiesError as error:
+            self._doubt = UNEQUAL
+            return str(error)
 
     def _tell_down(self, save: SaveId, error: ExchangeBrokenError) -> str:
         """Say who was given up and how far its bytes had come; returns why the save is not protected."""
@@ -176,7 +194,11 @@ class Protection:
         )  # fmt: skip
         return why
 
-    def _finish(self, job: SaveJob, began: float, missing: str) -> None:
+    @property
+    def _traffic(self) -> tuple[int, int]:
+        return (0, 0) if self._exchange is None else self._exchange.traffic
+
+    def _finish(self, job: SaveJob, began: float, before: tuple[int, int], missing: str) -> None:
         seconds = self._now() - began
         cost = int(seconds * 1e6)
         tier, iteration = self._keeper.store.tier, job.save.iteration
@@ -185,7 +207,10 @@ class Protection:
             self.tell("warning", what=f"save of iteration {iteration} is not protected: {missing}", advice="")
             return
         self._board.report(SlotReport(job.save, "protected", settled=True, cost_us=cost))
-        self.tell("protected", iteration=iteration, tier=tier, seconds=seconds)
+        sent, spared = (now - then for now, then in zip(self._traffic, before, strict=True))
+        self.tell(
+            "protected", iteration=iteration, tier=tier, seconds=seconds, sent_bytes=sent, spared_bytes=spared
+        )  # fmt: skip
 
     def commit_primary(self, job: SaveJob, digest: str) -> None:
         if job.arena is None:
@@ -236,7 +261,7 @@ class _Attempt:
 
     def _vote(self) -> None:
         job, group = self._job, self._protection.group
-        problem = job.error or ("" if job.healthy else UNHEALTHY)
+        problem = job.error or ("" if job.healthy else UNHEALTHY) or self._protection.take_doubt()
         digest = None
         if job.arena is not None:
             hasher = SegmentedDigest(self._protection.keeper.store.seal.digest_algorithm)

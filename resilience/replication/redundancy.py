@@ -17,13 +17,18 @@ from resilience.replication.communicator import Links
 from resilience.replication.pace import Pace
 from resilience.replication.parity import ParityExchange
 from resilience.snapshot.arena import Arena
+from resilience.snapshot.twins import Twins
 from resilience.stores.digest import digest_of
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.parity_file import ParityHeader, parity_header
 
-__all__ = ["REDUNDANCIES", "ParityRedundancy", "Redundancy", "ReplicaRedundancy"]
+__all__ = ["REDUNDANCIES", "ParityRedundancy", "Redundancy", "ReplicaRedundancy", "UnequalCopiesError"]
 
 Lacks = Callable[[Kept], bool]
+
+
+class UnequalCopiesError(Exception):
+    """What data-parallel ranks are said to have in common differs between them; ours, never a user's to meet."""
 
 
 class Redundancy(Protocol):
@@ -34,11 +39,17 @@ class Redundancy(Protocol):
         """Whether the owner's copy is to be committed before the exchange, and not when its bytes are on their way."""
         ...
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes of shards that were sent so far, and that need not be sent because holders composed them."""
+        ...
+
     def protect(self, offer: Offer, lacks: Lacks, *, split: bool) -> list[str]:
         """One exchange, and the commit of what this rank keeps of it: why something is missing; nothing: all is there.
 
         `lacks`: whether this rank is still to have it (after a restart most is there already). Raises
-        ExchangeBrokenError if the link broke: this exchange and the group are over.
+        ExchangeBrokenError if the link broke: this exchange and the group are over; UnequalCopiesError if a replica
+        that was composed from this rank's own state is not the owner's shard.
         """
         ...
 
@@ -48,14 +59,22 @@ class Redundancy(Protocol):
 class ReplicaRedundancy:
     """Whole copies on other nodes."""
 
-    def __init__(self, links: Links, rank: int, topology: Topology, pace: Pace, keeper: ShardKeeper) -> None:
-        algorithm = keeper.store.seal.digest_algorithm
-        self._exchange = CliqueExchange(links, rank, topology.holders[rank], topology.held()[rank], pace, algorithm)
+    def __init__(
+        self, links: Links, rank: int, topology: Topology, pace: Pace, keeper: ShardKeeper, twins: Twins | None
+    ) -> None:
+        holders, sources = topology.holders[rank], topology.held()[rank]
+        algorithm, composing = keeper.store.seal.digest_algorithm, twins is not None
+        self._exchange = CliqueExchange(links, rank, holders, sources, pace, algorithm, composing=composing)
         self._keeper = keeper
+        self._twins = twins
 
     @property
     def settles_first(self) -> bool:
         return self._exchange.capped
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self._exchange.sent_bytes, self._exchange.spared_bytes
 
     def protect(self, offer: Offer, lacks: Lacks, *, split: bool) -> list[str]:
         received, reasons = self._exchange.run(offer, self._keeper)
@@ -64,11 +83,19 @@ class ReplicaRedundancy:
             if not lacks(got.owner):  # sent for another holder's sake, after a restart
                 self._keeper.discard(got.owner, got.slot, reusable=True)
                 continue
+            if self._twins is not None:
+                self._twins.learn(got.owner, got.slot.mapped.view)
             try:
                 self._keeper.commit(offer.save, got.owner, got.slot, got.digest, role="replica", split=split)
             except OSError as error:
                 self._keeper.discard(got.owner, got.slot, reusable=True)
                 problems.append(f"replica of rank {got.owner}: {error}")
+        for owner in self._exchange.unequal:
+            if self._twins is not None:
+                self._twins.forget(owner)
+        if self._exchange.unequal:
+            owners = ", ".join(map(str, sorted(self._exchange.unequal)))
+            raise UnequalCopiesError(f"what this rank has in common with rank {owners} is not equal to it any more")
         return problems
 
     def close(self, *, failed: bool = False) -> None:
@@ -79,8 +106,11 @@ class ParityRedundancy:
     """Parity over the clique's shards: xor or rs, as the topology says."""
 
     settles_first = True  # what it covers is announced by digest before a byte goes
+    traffic = (0, 0)  # nothing of it can be spared
 
-    def __init__(self, links: Links, rank: int, topology: Topology, pace: Pace, keeper: ShardKeeper) -> None:
+    def __init__(
+        self, links: Links, rank: int, topology: Topology, pace: Pace, keeper: ShardKeeper, twins: Twins | None
+    ) -> None:
         members = topology.clique_of(rank)
         self._exchange = ParityExchange(links, rank, members, topology.parities, pace)
         self._keeper = keeper
@@ -123,7 +153,7 @@ class ParityRedundancy:
 
 
 #: By the name that `redundancy` gives.
-REDUNDANCIES: Final[Mapping[str, Callable[[Links, int, Topology, Pace, ShardKeeper], Redundancy]]] = {
+REDUNDANCIES: Final[Mapping[str, Callable[[Links, int, Topology, Pace, ShardKeeper, Twins | None], Redundancy]]] = {
     "replica": ReplicaRedundancy,
     "xor": ParityRedundancy,
     "rs": ParityRedundancy,

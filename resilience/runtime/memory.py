@@ -10,13 +10,23 @@ __all__ = ["available_bytes", "control_group_limit"]
 
 
 def available_bytes(memory: Path, disk: Path, fs: FileSystem) -> dict[str, int | None]:
-    """Free bytes by place: "memory" (of the machine, or what the control group leaves), "shared_memory", "disk"."""
+    """Free bytes by place: "memory" (of the machine, or what the control group leaves), "shared_memory", "disk".
+
+    None where there is no such place, or where nobody can tell.
+    """
     found = [room for room in (_machine(), _control_group()) if room is not None]
     return {
         "memory": min(found) if found else None,
-        "shared_memory": fs.free_bytes(memory) if fs.is_memory_backed(memory) else None,
-        "disk": fs.free_bytes(disk),
+        "shared_memory": _free(memory, fs) if fs.is_memory_backed(memory) else None,
+        "disk": _free(disk, fs),
     }
+
+
+def _free(place: Path, fs: FileSystem) -> int | None:
+    try:
+        return fs.free_bytes(place)
+    except OSError:
+        return None  # a save that finds no room will say so
 
 
 def _machine() -> int | None:

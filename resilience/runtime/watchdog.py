@@ -7,6 +7,7 @@ handler writes at once, while a Python handler would wait for the training threa
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import select
@@ -93,6 +94,8 @@ class Watchdog:
         """Stop watching and put the handlers back."""
         self._stop.set()
         if self._thread.is_alive():
+            with contextlib.suppress(OSError):
+                self._writer.send(b"\0")  # no signal has this number; it wakes the thread
             self._thread.join(timeout=2.0)
         if self._old_handlers and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._old_wakeup)

@@ -102,16 +102,30 @@ class Afterwards:
         self._lanes.tidy.wait(CLOSE_BOUND_S)
         self.log = replace(self.log, end=outcome, end_iteration=iteration)
         try:
-            self.write_log()
+            self._write_logs_here()
+        except OSError as error:
+            self._tell("warning", what=f"the attempt log could not be written: {error}", advice="")
+        if self._start.job.rank == 0 and "save" in self._start.shared.stores:
+            self._lanes.drain.submit("attempt log", self._note_end)
+            if not self._lanes.drain.wait(CLOSE_BOUND_S):
+                what = f"shared storage does not answer ({self._lanes.drain.running!r}): it has no note of this end"
+                self._tell("warning", what=what, advice="")
+
+    def _note_end(self) -> None:
+        try:
+            self._write_shared_log()
         except OSError as error:
             self._tell("warning", what=f"the attempt log could not be written: {error}", advice="")
 
     def write_log(self) -> None:
         """In every node's directory and in `save`."""
+        self._write_logs_here()
+        self._write_shared_log()
+
+    def _write_logs_here(self) -> None:
         if self._start.job.leads_node:
             for store in self._start.stores:
                 store.write_attempt_log(self.log)
-        self._write_shared_log()
 
     def _write_shared_log(self) -> None:
         self._log_waits = False

@@ -33,7 +33,7 @@ class Lanes:
         self.drain = Lane("drain", self._failed, threads)
         self.tidy = Lane("tidy", self._failed, threads)
         self.reserve = Lane("reserve", self._failed, threads)
-        self._all = (self.protect, self.drain, self.tidy, self.reserve)
+        self._all: tuple[Lane, ...] = (self.protect, self.drain, self.tidy, self.reserve)
         self.give_up: Callable[[], None] = lambda: None  # called before the lanes are to end
         self._ended = False
         self.exit_status = 0  # with which the process is to end, should a thread be stuck then
@@ -68,7 +68,9 @@ class Lanes:
         bound_s = _FAILED_CLOSE_BOUND_S if failed else CLOSE_BOUND_S
         closed = [lane.close(bound_s, drop=True) for lane in self._all]  # each, whatever the others say
         self._ended = all(closed)
-        if self._ended:
+        if self._ended:  # the process's exit still knows of these lanes; a model must not live until then
+            self._all = ()
+            self._tell = lambda *_, **__: None
             self.give_up = lambda: None
         return self._ended
 
@@ -82,6 +84,9 @@ class Lanes:
             os._exit(self.exit_status)
 
     def _failed(self, what: str, error: Exception) -> None:
+        if isinstance(error, OSError):  # of a disk; what it means for a save is told with that save
+            self._tell("warning", what=f"background task {what!r} failed: {error}", advice="")
+            return
         self._tell("warning", what=f"background task {what!r} failed: {error!r}", advice="Please report this.")
 
 

@@ -16,6 +16,7 @@ from resilience.restore import Plan
 from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
 from resilience.saving.progress import CountedLinks
+from resilience.snapshot.twins import Twins
 from resilience.stores.keeper import ShardKeeper
 
 __all__ = ["Replicas"]
@@ -33,8 +34,10 @@ class Replicas:
         lane: Lane,
         clock: Clock,
         tell: Callable[..., None],
+        twins: Twins | None = None,
     ) -> None:
-        """`group`: the data-parallel group, used by the lane alone."""
+        """`group`: the data-parallel group, used by the lane alone. `twins`: where replicas are composed."""
+        self._twins = twins
         self._start = start
         self._keeper = keeper
         self._lane = lane
@@ -121,7 +124,7 @@ class Replicas:
         if epoch:
             self._tell("epoch", epoch=epoch)
         links = CountedLinks(links, self._count)
-        return REDUNDANCIES[self._start.scheme.name](links, job.rank, topology, self._pace, self._keeper)
+        return REDUNDANCIES[self._start.scheme.name](links, job.rank, topology, self._pace, self._keeper, self._twins)
 
     def _count(self) -> None:
         self.transfers += 1

@@ -17,21 +17,26 @@ from resilience.formats.saver import SharedSaver
 from resilience.planning.book import Book, Change, Entry, drain_slot
 from resilience.planning.inventory import AttemptLog, Kept, SaveId, Tier
 from resilience.planning.memory import arenas_per_rank
+from resilience.planning.patience import STILL_BOUNDS
 from resilience.planning.schedule import Due, shortest_interval
+from resilience.planning.travel import Range
 from resilience.replication.communicator import Agreements
 from resilience.replication.protection import Board, SaveJob
 from resilience.reports import SaveReport
 from resilience.restore import Plan
 from resilience.runtime.clock import Clock
+from resilience.runtime.worker import Lane
 from resilience.saving.afterwards import Afterwards
 from resilience.saving.budget import Budget
 from resilience.saving.drain import Drain
 from resilience.saving.lanes import CLOSE_BOUND_S, Lanes
+from resilience.saving.progress import Stillness
 from resilience.saving.replicas import Replicas
 from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
 from resilience.snapshot.layout import ShardIdentity
 from resilience.snapshot.planner import PlanGroups, SnapshotPlanner
+from resilience.snapshot.twins import Twin, Twins, rest_for
 from resilience.state.items import Collected
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem
@@ -39,7 +44,7 @@ from resilience.stores.keeper import ShardKeeper
 
 __all__ = ["Saving", "Wish"]
 
-_DRAIN_BOUND_S = 24 * 3600.0  # of the local wait only: each step below it is bounded by progress
+_LOOK_S = 1.0
 
 
 class Saving:
@@ -77,6 +82,7 @@ class Saving:
         self._replan = True
         self._budgeted = False
         self._turn = 0
+        self._rest: tuple[Range, ...] = ()  # what of this rank's shard a holder that composes it needs
         self.lanes = lanes = Lanes(tell, start.threads)
         self.afterwards = Afterwards(start, log, lanes, fs, tell)
         self._groups: list[Agreements] = [self._plan_groups.own]
@@ -86,9 +92,11 @@ class Saving:
         drain = communicator.agreements("drain")
         self._groups += [equality, drain]
         self.replicas: Replicas | None = None
+        self._twins: Twins | None = None
         self._reservation: Reservation | None = None
         if start.keeper is not None:
-            self.replicas = Replicas(start, start.keeper, equality, self.board, lanes.protect, clock, tell)
+            self._twins = Twins(members, start.threads) if resiliency.replicas_from == "live" else None
+            self.replicas = Replicas(start, start.keeper, equality, self.board, lanes.protect, clock, tell, self._twins)
             self._reservation = Reservation(start.keeper, lanes.reserve, tell)
             lanes.give_up = self._reservation.stop
         self._budget = Budget(
@@ -289,13 +297,21 @@ class Saving:
             arena.seal(identity)
             sample = self._planner.sample(collected, self._turn)
             healthy = self._state.healthy is None or bool(self._state.healthy())
+            twins = self._compose(collected, keeper) if wish.on_nodes else {}
         except BaseException:
             keeper.unpin(arena)
             raise
         if wish.on_nodes and wish.drain:
             keeper.pin(arena)
-        job_of_it = SaveJob(save, arena, sample, self._planner.split, healthy)
+        job_of_it = SaveJob(save, arena, sample, self._planner.split, healthy, "", layout.layout_id, self._rest, twins)
         return Snapshot(arena, collected, job_of_it, self._planner.across)
+
+    def _compose(self, collected: Collected, keeper: ShardKeeper) -> dict[int, Twin]:
+        """Replicas of others' shards, as far as this rank has the same; nothing where they come over the network."""
+        if self._twins is None or self._planner.layout is None:
+            return {}
+        self._rest = rest_for(self._planner.layout)
+        return self._twins.fill(self._planner.layout, collected.items, self._planner.shared, keeper.warm_slot)
 
     def _reserve(self) -> None:
         """Have the buffers of all saves to come made in the background: the training thread's own first."""
@@ -304,7 +320,10 @@ class Saving:
             return
         slots = self._capacity if self._file_is_arena else 1
         wanted = [Buffers(job.rank, layout.nbytes, self._capacity)]
-        wanted += [Buffers(owner, nbytes, slots) for owner, nbytes in self._kept_here.items()]
+        kept: dict[Kept, int] = dict(self._kept_here)
+        if self._twins is not None:  # a new layout has another size
+            kept.update(self._twins.sizes().items())
+        wanted += [Buffers(owner, nbytes, slots) for owner, nbytes in kept.items()]
         reservation.want(wanted)
         reservation.go_on()
 
@@ -323,11 +342,25 @@ class Saving:
         self, save: SaveId, wish: Wish, stall_s: float, snapshot: Snapshot | None, problem: str, began: float
     ) -> SaveReport:
         if wish.drain and not (wish.persistent and self._checkpoint.async_save):
-            self.lanes.drain.wait(_DRAIN_BOUND_S)
+            self._wait_for(self.lanes.drain, save)
         if wish.on_nodes and self._resiliency.non_persistent_sync:
-            self.lanes.protect.wait(_DRAIN_BOUND_S)
+            self._wait_for(self.lanes.protect, save)
         report = self.report(save, wish, max(stall_s, self._clock.now() - began), self._state_of(save, wish, problem))
         return replace(report, bytes=snapshot.arena.nbytes if snapshot else 0, error=problem or self._error(save))
+
+    def _wait_for(self, lane: Lane, save: SaveId) -> None:
+        """Until a synchronous save is over, or nothing of it has moved on this rank for longer than a save may take.
+
+        Storage that hangs must not keep training from going on, nor the job from ending: the save stays in the making.
+        """
+        stillness = Stillness(self._clock.now)
+        bound_s = STILL_BOUNDS * self._resiliency.exchange_timeout_s
+        while not lane.wait(_LOOK_S):
+            if stillness.seconds(self.progress([save, drain_slot(save)])) > bound_s:
+                what = f"the save of iteration {save.iteration} has not moved for {bound_s:g} s on this rank"
+                advice = f"{lane.running!r} is under way. Training goes on without waiting for it."
+                self.tell("warning", what=what, advice=advice)
+                return
 
     def _state_of(self, save: SaveId, wish: Wish, problem: str) -> str:
         if problem:

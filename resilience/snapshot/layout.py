@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from resilience.errors import UnsupportedStateError
-from resilience.stores.shard_file import ITEM_BYTES
+from resilience.stores.shard_file import ITEM_BYTES, layout_id
 
 __all__ = ["VALUES_KEY", "Layout", "Piece", "PlacedPiece", "ShardIdentity", "plan_layout"]
 
@@ -108,6 +108,7 @@ class Layout:
     data_start: int
     nbytes: int
     static_header: str  # everything behind the identity
+    layout_id: int  # equal where shards are laid out alike
 
     def header(self, identity: ShardIdentity) -> bytes:
         """The file's first `data_start` bytes."""
@@ -150,7 +151,10 @@ def plan_layout(pieces: Sequence[Piece], aliases: Mapping[str, str], values_byte
     longest = len(static.encode()) + _IDENTITY_BYTES
     data_start = -(-(8 + longest) // _PAGE) * _PAGE
     placed = tuple(PlacedPiece(piece, data_start + start) for piece, start in zip(ordered, starts, strict=True))
-    return Layout(placed, data_start + position, capacity, data_start, data_start + position + capacity, static)
+    nbytes = data_start + position + capacity
+    return Layout(
+        placed, data_start + position, capacity, data_start, nbytes, static, layout_id(index, data_start, nbytes)
+    )  # fmt: skip
 
 
 def _head(identity: str) -> str:

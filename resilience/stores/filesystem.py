@@ -7,6 +7,7 @@ reserved before it is touched (a full tmpfs is ENOSPC here, never SIGBUS later).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import mmap
@@ -21,6 +22,7 @@ from typing import Protocol
 
 from resilience.errors import CorruptCopyError, StoreError, UnsafePathError
 from resilience.stores import pages
+from resilience.stores.interrupted import again, close, close_quietly
 from resilience.stores.lock import DirectoryLock
 from resilience.stores.mapped_file import MappedFile
 
@@ -97,7 +99,7 @@ class PosixFileSystem:
         for attempt in itertools.count():
             try:
                 _make_missing(path)
-                found = os.lstat(path)
+                found = again(os.lstat, path)
                 break
             except OSError as error:
                 # a parent was empty, and another rank removed it meanwhile; that cannot go on for ever
@@ -113,7 +115,7 @@ class PosixFileSystem:
     def list_dir(self, path: Path) -> list[str]:
         """Names in `path`, sorted; empty if it does not exist. Any other failure is a StoreError."""
         try:
-            return sorted(os.listdir(path))
+            return sorted(again(os.listdir, path))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -122,7 +124,7 @@ class PosixFileSystem:
     def stat(self, path: Path) -> FileStat | None:
         """None if nothing is there; a link is reported as neither file nor directory."""
         try:
-            found = os.lstat(path)
+            found = again(os.lstat, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -138,8 +140,7 @@ class PosixFileSystem:
 
     def read(self, path: Path, limit: int = _RECORD_LIMIT) -> bytes:
         """The whole of a small file. FileNotFoundError if absent; CorruptCopyError above `limit` bytes."""
-        with self._open(path) as fd:
-            nbytes = os.fstat(fd).st_size
+        with self._open(path) as (fd, nbytes):
             if nbytes > limit:
                 raise CorruptCopyError(f"{path} has {nbytes} bytes where at most {limit} are expected.")
             return _read_all(fd, nbytes, path)
@@ -154,19 +155,19 @@ class PosixFileSystem:
         beside = path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name}"[:200])
         created = False
         try:
-            fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = _open_new(beside, os.O_WRONLY)
             created = True
             try:
                 _write_all(fd, memoryview(content))
                 if durable:
-                    os.fsync(fd)
+                    again(os.fsync, fd)
             finally:
-                os.close(fd)
-            os.rename(beside, path)
+                close(fd)
+            again(os.rename, beside, path)
             if durable:
                 self.fsync_dir(path.parent)
         except OSError as error:
-            if created:
+            if created or error.errno != errno.EEXIST:  # no other writer draws this name
                 _unlink_quietly(beside)
             raise _store_error("cannot write", path, error) from error
 
@@ -188,17 +189,17 @@ class PosixFileSystem:
     def begin_mapping(self, path: Path, nbytes: int) -> MappedFile:
         """A new file of `nbytes`, mapped, but without any room as yet: `reserve` before a byte of it is touched."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = _open_new(path, os.O_RDWR)
         except OSError as error:
             raise _store_error("cannot create", path, error) from error
         try:
-            os.ftruncate(fd, nbytes)
+            again(os.ftruncate, fd, nbytes)
             mapped = MappedFile(path, *pages.map_file(fd, nbytes, mmap.MAP_SHARED), nbytes)
         except OSError as error:
             _unlink_quietly(path)
             raise _store_error(f"cannot map {nbytes} bytes for", path, error) from error
         finally:
-            os.close(fd)
+            close_quietly(fd)
         mapped.reserved = 0
         return mapped
 
@@ -211,7 +212,7 @@ class PosixFileSystem:
         if nbytes <= 0:
             return
         try:
-            with self._open(mapped.path, os.O_RDWR) as fd:
+            with self._open(mapped.path, os.O_RDWR) as (fd, _):
                 pages.reserve(fd, nbytes, wanted, start=start)
         except OSError as error:
             what = f"cannot reserve {mapped.nbytes} bytes for"
@@ -223,8 +224,7 @@ class PosixFileSystem:
 
         FileNotFoundError if absent. Not `writable`: private, so that it can never be changed.
         """
-        with self._open(path, os.O_RDWR if writable else os.O_RDONLY) as fd:
-            nbytes = os.fstat(fd).st_size
+        with self._open(path, os.O_RDWR if writable else os.O_RDONLY) as (fd, nbytes):
             if nbytes == 0:
                 raise CorruptCopyError(f"{path} is empty.")
             flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
@@ -232,40 +232,46 @@ class PosixFileSystem:
                 if writable:  # a sparse file would be SIGBUS on a full mount
                     pages.reserve(fd, nbytes, pages.always)
                 mapped = MappedFile(path, *pages.map_file(fd, nbytes, flags), nbytes)
-                if populate:
-                    mapped.fault_in(0, nbytes, writable=writable)
-                return mapped
             except OSError as error:
                 raise _store_error("cannot map", path, error) from error
+        try:
+            if populate:
+                mapped.fault_in(0, nbytes, writable=writable)
+        except OSError as error:
+            mapped.close()
+            raise _store_error("cannot map", path, error) from error
+        return mapped
 
     def write_file(self, path: Path, chunks: Iterator[memoryview]) -> None:
         """Write `chunks` to a new file and fsync it (not its directory). The file is removed when that fails."""
+        created = False
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = _open_new(path, os.O_WRONLY)
+            created = True
             try:
                 for chunk in chunks:
                     for start in range(0, chunk.nbytes, _WRITE_STEP_BYTES):
                         part = chunk[start : start + _WRITE_STEP_BYTES]
                         _write_all(fd, part)
                         self.moved_bytes += part.nbytes
-                os.fsync(fd)
+                again(os.fsync, fd)
             finally:
-                os.close(fd)
+                close(fd)
         except OSError as error:
-            if error.errno != errno.EEXIST:
+            if created:  # else what lies there is another's
                 _unlink_quietly(path)
             raise _store_error("cannot write", path, error) from error
 
     def rename(self, source: Path, target: Path) -> None:
         try:
-            os.rename(source, target)
+            again(os.rename, source, target)
         except OSError as error:
             raise _store_error(f"cannot rename to {target}:", source, error) from error
 
     def unlink(self, path: Path) -> bool:
         """True if something was removed, False if nothing was there."""
         try:
-            os.unlink(path)
+            again(os.unlink, path)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -275,7 +281,7 @@ class PosixFileSystem:
     def remove_dir(self, path: Path) -> bool:
         """Remove an empty folder; False if something is in it, or nothing was there."""
         try:
-            os.rmdir(path)
+            again(os.rmdir, path)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 return False
@@ -285,10 +291,10 @@ class PosixFileSystem:
     def remove_tree(self, path: Path) -> None:
         """Remove a folder that we wrote; a link in its place is unlinked, not followed."""
         try:
-            if os.path.islink(path):
-                os.unlink(path)
+            if stat.S_ISLNK(again(os.lstat, path).st_mode):
+                again(os.unlink, path)
             else:
-                shutil.rmtree(path)
+                again(shutil.rmtree, path)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -296,11 +302,11 @@ class PosixFileSystem:
 
     def fsync_dir(self, path: Path) -> None:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = again(os.open, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                os.fsync(fd)
+                again(os.fsync, fd)
             finally:
-                os.close(fd)
+                close_quietly(fd)
         except OSError as error:
             raise _store_error("cannot make durable", path, error) from error
 
@@ -317,13 +323,16 @@ class PosixFileSystem:
 
     def free_bytes(self, path: Path) -> int:
         """Bytes that an unprivileged process may still write below `path`."""
-        found = os.statvfs(_existing(path))
+        try:
+            found = again(os.statvfs, _existing(path))
+        except OSError as error:
+            raise _store_error("cannot look at", path, error) from error
         return found.f_bavail * found.f_frsize
 
     def _open(self, path: Path, flags: int = os.O_RDONLY) -> _Descriptor:
         try:
             # O_NONBLOCK: opening a FIFO that somebody put here must not hang
-            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = again(os.open, path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -332,22 +341,29 @@ class PosixFileSystem:
             if error.errno in _NOT_OF_A_FILE:  # which would make all that lies beside it unknown
                 raise UnsafePathError(f"{path} is no regular file: {error.strerror}.", advice="Remove it.") from error
             raise _store_error("cannot open", path, error) from error
-        found = os.fstat(fd)
+        try:
+            found = again(os.fstat, fd)
+        except OSError as error:
+            close_quietly(fd)
+            raise _store_error("cannot look at", path, error) from error
         if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
-            os.close(fd)
+            close_quietly(fd)
             raise UnsafePathError(f"{path} is no regular file of ours (uid {found.st_uid}).", advice="Remove it.")
-        return _Descriptor(fd)
+        return _Descriptor(fd, found.st_size)
 
 
 class _Descriptor:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    """An open file and its length."""
 
-    def __enter__(self) -> int:
-        return self._fd
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self._fd = fd
+        self._nbytes = nbytes
+
+    def __enter__(self) -> tuple[int, int]:
+        return self._fd, self._nbytes
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        close_quietly(self._fd)
 
 
 def _store_error(what: str, path: Path, error: OSError) -> StoreError:
@@ -368,7 +384,7 @@ def _read_all(fd: int, nbytes: int, path: Path) -> bytes:
     parts: list[bytes] = []
     while nbytes > 0:
         try:
-            part = os.read(fd, nbytes)
+            part = again(os.read, fd, nbytes)
         except OSError as error:
             raise _store_error("cannot read", path, error) from error
         if not part:
@@ -380,27 +396,36 @@ def _read_all(fd: int, nbytes: int, path: Path) -> bytes:
 
 def _write_all(fd: int, content: memoryview) -> None:
     while content:
-        content = content[os.write(fd, content) :]
+        content = content[again(os.write, fd, content) :]
+
+
+def _open_new(path: Path, access: int) -> int:
+    return again(os.open, path, access | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _make_missing(path: Path) -> None:
     missing = itertools.takewhile(lambda parent: not os.path.lexists(parent), (path, *path.parents))
     for parent in reversed(list(missing)):  # `parents=True` would leave the umask's mode on all but the last
-        parent.mkdir(mode=0o700, exist_ok=True)
+        again(parent.mkdir, mode=0o700, exist_ok=True)
 
 
 def _unlink_quietly(path: Path) -> None:
     """For the way out of a failure that is being raised already."""
-    try:
-        os.unlink(path)
-    except OSError:
-        return
+    with contextlib.suppress(OSError):
+        again(os.unlink, path)
 
 
 def _existing(path: Path) -> Path:
     path = Path(os.path.abspath(path))
-    while not path.exists() and path != path.parent:
-        path = path.parent
+    while path != path.parent:
+        try:
+            again(os.stat, path)
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
+        except OSError:
+            break  # it is there: what is wrong with it is told by whatever is asked of it next
+        else:
+            break
     return path
 
 

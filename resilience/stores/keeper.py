@@ -92,6 +92,15 @@ class ShardKeeper:
             return self._make(owner, nbytes, stale, always, ahead=False)
         return self._make(owner, nbytes, stale, always, ahead=False, begin=self._fs.begin_mapping)
 
+    def warm_slot(self, owner: Kept, nbytes: int) -> Arena | None:
+        """A free buffer of exactly `nbytes` for `owner`'s shard, if there is one. Does not wait and makes none."""
+        with self._changed:
+            fitting = self._fitting(owner, nbytes)
+            if not fitting:
+                return None
+            self._free[owner].remove(fitting[0])
+            return fitting[0]
+
     def reserve_room(self, arena: Arena, stop: int, wanted: Callable[[], bool]) -> None:
         """Give a buffer room up to byte `stop`. StoreError if there is none; ECANCELED once `wanted()` says no."""
         self._fs.reserve(arena.mapped, stop, wanted)
@@ -193,7 +202,7 @@ class ShardKeeper:
                 self._pins[id(arena)] = left
                 return
             self._pins.pop(id(arena), None)
-            if not any(held is arena for held in self._held.values()):
+            if self._is_ours(self.rank, arena) and not any(held is arena for held in self._held.values()):
                 self._free.setdefault(self.rank, []).append(arena)
             self._changed.notify_all()
 
@@ -208,8 +217,23 @@ class ShardKeeper:
 
     def _give_back(self, owner: Kept, arena: Arena) -> None:
         with self._changed:
-            self._free.setdefault(owner, []).append(arena)
+            if self._is_ours(owner, arena):
+                self._free.setdefault(owner, []).append(arena)
             self._changed.notify_all()
+
+    def _is_ours(self, owner: Kept, arena: Arena) -> bool:
+        """Whether it may be used again; under the lock."""
+        return arena in self._buffers.get(owner, ())
+
+    def _forget_if_lost(self, owner: Kept, arena: Arena) -> None:
+        """A commit failed, and so did taking the file back: a save in this buffer could never be committed."""
+        try:
+            lost = self._fs.stat(arena.mapped.path) is None
+        except StoreError:
+            lost = True
+        if lost:
+            with self._changed:
+                self._forget(owner, arena)
 
     def _drop(self, owner: Kept, arena: Arena) -> None:
         with self._changed:
@@ -248,7 +272,11 @@ class ShardKeeper:
             cover=cover,
         )
         if self.file_is_arena:
-            arena.mapped.path = self.store.commit_file(arena.mapped.path, record)
+            try:
+                arena.mapped.path = self.store.commit_file(arena.mapped.path, record)
+            except StoreError:
+                self._forget_if_lost(owner, arena)
+                raise
             with self._changed:
                 self._held[(save, record.kept)] = arena
             return
@@ -286,6 +314,8 @@ class ShardKeeper:
         """
         with self._changed:  # another lane commits meanwhile
             mine = [key for key in self._held if key[0] == save]
+        # the training thread waits for its own arena and then looks for slots: those are to be free by then
+        mine.sort(key=lambda key: key[1] == self.rank)
         for held_save, owner in mine:
             path = self.store.uncommit(held_save, owner, self._world_size)
             if path is not None and self.file_is_arena:

@@ -243,14 +243,19 @@ class NodeStore:
         return folder / (file_name(kept, world_size) + ".safetensors")
 
     def commit_file(self, source: Path, record: ShardRecord) -> Path:
-        """Make the sealed file at `source` (same mount) the copy that `record` describes. Returns its path."""
+        """Make the sealed file at `source` (same mount) the copy that `record` describes. Returns its path.
+
+        StoreError: there is no copy, and the file is at `source` again unless storage refused that too.
+        """
         path = self._folder_for(record)
-        self.fs.rename(source, path)
         try:
+            self.fs.rename(source, path)
             self._commit_record(path, record)
         except StoreError:
-            self.fs.unlink(path.with_suffix(".json"))
-            self.fs.rename(path, source)  # whoever gave the file has it back, to use it again
+            with contextlib.suppress(StoreError):  # whoever gave the file looks whether he has it back
+                self.fs.unlink(path.with_suffix(".json"))
+                if self.fs.stat(source) is None:  # else the rename was one that failed
+                    self.fs.rename(path, source)
             raise
         return path
 
@@ -328,8 +333,8 @@ class NodeStore:
             lock = self.fs.lock(root, ALL_RANKS)
             try:
                 lock.acquire()
-            except (AnotherJobError, UnsafePathError):
-                continue  # it lives, or is not ours: not touched
+            except (AnotherJobError, StoreError):
+                continue  # it lives, or is not ours, or cannot be told: not touched
             try:
                 removed += self._sweep(root, keep)
             finally:
@@ -345,6 +350,9 @@ class NodeStore:
                 removed += 1
         for path in list(self._leftovers(root)):
             removed += self.fs.unlink(path)
+        for folder in list(self._save_folders(root)):  # of saves that failed before they had a record
+            if self.fs.remove_dir(folder):
+                self.fs.remove_dir(folder.parent)
         return removed
 
     def _leftovers(self, root: Path) -> Iterator[Path]:
@@ -403,7 +411,7 @@ class NodeStore:
         try:
             if lock is not None:
                 lock.acquire()
-        except (AnotherJobError, UnsafePathError):
+        except (AnotherJobError, StoreError):
             return
         try:
             for folder in folders:

@@ -19,6 +19,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from resilience.stores.interrupted import again
+
 __all__ = ["HUGE_BYTES", "always", "enlarge", "map_file", "populate", "reserve"]
 
 _READ: Final = 22  # MADV_POPULATE_READ, MADV_POPULATE_WRITE: Linux 5.14
@@ -49,7 +51,7 @@ def reserve(fd: int, nbytes: int, wanted: Callable[[], bool], *, start: int = 0)
     ECANCELED once `wanted()` says no.
     """
     for done, length in _steps(nbytes, _RESERVE_STEP_BYTES, wanted):
-        os.posix_fallocate(fd, start + done, length)
+        again(os.posix_fallocate, fd, start + done, length)
 
 
 def map_file(fd: int, nbytes: int, flags: int) -> tuple[mmap.mmap, int]:
@@ -59,15 +61,16 @@ def map_file(fd: int, nbytes: int, flags: int) -> tuple[mmap.mmap, int]:
     """
     access = mmap.PROT_READ | mmap.PROT_WRITE
     if nbytes < HUGE_BYTES:
-        return mmap.mmap(fd, nbytes, flags, access), 0
+        return again(mmap.mmap, fd, nbytes, flags, access), 0
     # `mmap.mmap` takes no address: it holds room enough, and the file is mapped over an aligned part of that
-    room = mmap.mmap(-1, nbytes + HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, access)
+    room = again(mmap.mmap, -1, nbytes + HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, access)
     address = _address(room)
     start = -address % HUGE_BYTES
-    if _libc.mmap(address + start, nbytes, access, flags | _MAP_FIXED, fd, 0) != address + start:
-        problem = ctypes.get_errno()
+    try:
+        again(_map_over, address + start, nbytes, access, flags | _MAP_FIXED, fd)
+    except OSError:
         room.close()
-        raise OSError(problem, os.strerror(problem))
+        raise
     return room, start
 
 
@@ -81,9 +84,11 @@ def populate(
     base = _address(mapping) + start
     advice = _WRITE if writable else _READ
     for done, length in _steps(nbytes, _POPULATE_STEP_BYTES, wanted):
-        if _libc.madvise(base + done, length, advice):
-            if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):  # to touch these pages would be a signal
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        try:
+            again(_advise, base + done, length, advice)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):  # to touch these pages would be a signal
+                raise
             # an older kernel: touch one byte of each page
             for page in range(start + done, start + done + length, mmap.PAGESIZE):
                 byte = mapping[page]
@@ -106,6 +111,16 @@ def enlarge(mapping: mmap.mmap, start: int, nbytes: int, wanted: Callable[[], bo
         elif ctypes.get_errno() in (errno.EINVAL, errno.ENOMEM):
             break  # this kernel or this mount knows of none, or none is free; else this one piece is busy
     return enlarged
+
+
+def _map_over(address: int, nbytes: int, access: int, flags: int, fd: int) -> None:
+    if _libc.mmap(address, nbytes, access, flags, fd, 0) != address:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _advise(address: int, nbytes: int, advice: int) -> None:
+    if _libc.madvise(address, nbytes, advice):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _address(mapping: mmap.mmap) -> int:

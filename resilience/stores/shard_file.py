@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import xxhash
+
 from resilience.errors import CorruptCopyError
 from resilience.planning.inventory import SaveId
 from resilience.stores.records import ShardRecord
 
-__all__ = ["ITEM_BYTES", "SavedPiece", "ShardHeader", "check_header", "read_header"]
+__all__ = ["ITEM_BYTES", "SavedPiece", "ShardHeader", "check_header", "layout_id", "layout_id_of", "read_header"]
 
 _HEADER_LIMIT: Final = 100 << 20  # safetensors' own bound
 _VALUES_KEY: Final = "resilience.values"
@@ -71,6 +73,19 @@ def read_header(content: memoryview, what: str, nbytes: int | None = None) -> Sh
         raise CorruptCopyError(f"{what}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise CorruptCopyError(f"{what}: its header is not one of a shard ({error!r}).") from error
+
+
+def layout_id(index: str, data_start: int, nbytes: int) -> int:
+    """63 bits that are equal where shards are laid out alike: items, places and length. Never 0."""
+    text = f"{data_start} {nbytes} {index}".encode()
+    return max(1, int.from_bytes(xxhash.xxh3_128_digest(text)[:8], "little") >> 1)
+
+
+def layout_id_of(content: memoryview) -> int:
+    """The same of a shard whose bytes were verified."""
+    size = int.from_bytes(content[:8], "little")
+    index = json.loads(bytes(content[8 : 8 + size]))["__metadata__"]["index"]
+    return layout_id(index, 8 + size, len(content))
 
 
 def check_header(header: ShardHeader, record: ShardRecord, what: str) -> None:

@@ -196,8 +196,10 @@ class SharedStore:
             elif leftover:
                 self._fs.remove_tree(self.root / name)
                 done.append(f"{name} was removed: a save or a deletion that was not finished.")
-            elif name.startswith(TEMPORARY_PREFIX):
-                self._fs.unlink(self.root / name)
+        for folder in (self.root, self.root / ATTEMPTS):
+            for name in self._fs.list_dir(folder):
+                if name.startswith(TEMPORARY_PREFIX):
+                    self._fs.unlink(folder / name)
         return tuple(done)
 
     def prune(self, keep: int, *, abandoned: Collection[SaveId] = ()) -> tuple[SaveId, ...]:

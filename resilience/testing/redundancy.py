@@ -163,7 +163,7 @@ class RedundancyContract:
         if not void:
             keeper.commit(_SAVE, member.rank, arena, digest, role="primary", split=False)
         pace = Pace(None, time.monotonic, time.sleep)
-        exchange = REDUNDANCIES[self.scheme](ThreadLinks(wire, member.rank), member.rank, topology, pace, keeper)
+        exchange = REDUNDANCIES[self.scheme](ThreadLinks(wire, member.rank), member.rank, topology, pace, keeper, None)
         offer = Offer(_SAVE, None if void else arena, lambda: None if void else digest)
         member.problems = exchange.protect(offer, lambda kept: not keeper.holds(_SAVE, kept), split=False)
         keeper.unpin(arena)

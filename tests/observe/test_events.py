@@ -137,9 +137,10 @@ def test_a_failing_disk_is_counted_and_said_once_and_never_raises(tmp_path: Path
     events.emit("step", iteration=1)
     assert events.failures == 1
     broken = log(tmp_path, said=said)
-    assert broken._fd is not None
-    os.close(broken._fd)
-    broken._fd = os.open("/dev/full", os.O_WRONLY)
+    assert broken._pen is not None
+    assert broken._pen._fd is not None
+    os.close(broken._pen._fd)
+    broken._pen._fd = os.open("/dev/full", os.O_WRONLY)
     for iteration in range(5):
         broken.emit("step", iteration=iteration)
     assert broken.failures == 5

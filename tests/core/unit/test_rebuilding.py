@@ -22,7 +22,7 @@ from resilience.stores.digest import digest_of
 from tests.core.fakes import FS, FakeLinks, Wire
 from tests.core.unit.test_parity_exchange import Member, ring
 
-OFFER, PIECE = 1, 3
+OFFER, PIECE = 1, 6
 SIZES = [3000, 2900, 2990, 17, 3001]
 
 
