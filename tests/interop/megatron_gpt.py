@@ -10,6 +10,7 @@ import os
 import sys
 import zlib
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -68,6 +69,7 @@ def stand_in_for_triton() -> None:
     """Newer versions of Megatron Core are not imported without a compiler of GPU kernels, of which a CPU runs none."""
     if version("megatron-core") < "0.17":
         return
+    import_module("torch._inductor.compile_fx")  # looks for the real one, and goes on without it from then on
     from torch.utils._triton import has_triton_package
 
     if not has_triton_package():
