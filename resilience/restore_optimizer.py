@@ -21,7 +21,7 @@ from resilience.formats.optimizer_common import DP_RESHARDABLE, FULLY_RESHARDABL
 from resilience.formats.optimizer_view import OptimizerView
 from resilience.formats.protocol import StateReader
 from resilience.planning.bucket_space import Flattened
-from resilience.planning.foreign_groups import TakenGroup, saved_groups, saved_step, take_groups
+from resilience.planning.foreign_groups import TakenGroup, as_step, saved_groups, saved_step, take_groups
 from resilience.restore_buckets import Buckets
 from resilience.state.distributed_state import MAIN, DistributedOptimizerState
 from resilience.state.items import Item, blocks_of
@@ -146,7 +146,7 @@ class _Optimizers:
                 return "it trains parameters that belong to no model"
         if self._kind in _BY_PARAMETER or self._kind == DP_RESHARDABLE:
             return ""
-        return f"the layout {self._kind!r} is read for the model only"
+        return f"the layout {str(self._kind)[:60]!r} is read for the model only"
 
     def _look(self) -> str:
         """Find out what is stored where; why nothing can be taken."""
@@ -183,7 +183,7 @@ class _Optimizers:
             self._take_values(group, its, f"{where}/param_groups/{number}")
             step = its.step if its.step is not None else self._step
             if step is None and keeps.step:
-                step = int(self._common.get("iteration", 0))
+                step = as_step(self._common.get("iteration")) or 0
                 self._notes.append(
                     f"{where}/param_groups/{number}: no step is stored; it is taken for the iteration, {step}"
                 )

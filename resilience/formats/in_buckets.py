@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from resilience.errors import CorruptCopyError, LayoutMismatchError
+from resilience.errors import CorruptCopyError, LayoutMismatchError, ResilienceError
 from resilience.formats.keys import BUCKETS_PREFIX
 from resilience.formats.optimizer_common import DP_RESHARDABLE, SHARDING_TYPE, marked_groups
 from resilience.formats.optimizer_view import OptimizerView
@@ -297,8 +297,17 @@ def seen_by_parameter(state: TrainingState, reader: StateReader) -> OptimizerVie
     """A checkpoint of ours in which optimizer state lies in buckets, seen by parameter, for this rank's place.
 
     LayoutMismatchError, before any tensor is read, if the sizes of tensor, pipeline or expert parallelism are other
-    ones than those of the save.
+    ones than those of the save; CorruptCopyError if the values of the save make no sense.
     """
+    try:
+        return _seen_by_parameter(state, reader)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ResilienceError):
+            raise
+        raise CorruptCopyError(f"{reader.folder} does not say what its buckets hold ({error!r}).") from error
+
+
+def _seen_by_parameter(state: TrainingState, reader: StateReader) -> OptimizerView:
     assert reader.record is not None, "a checkpoint of ours"
     layout = state.layout or ParallelLayout.default(0, 1)
     tree = _tree_of_this_place(reader, layout, reader.record.world_size)

@@ -7,16 +7,18 @@ here, and that is said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["IDENTIFIERS", "TakenGroup", "saved_groups", "saved_step", "take_groups"]
+__all__ = ["IDENTIFIERS", "TakenGroup", "as_step", "saved_groups", "saved_step", "take_groups"]
 
 Group = Mapping[str, Any]
 
 #: What Megatron Core tells its groups apart by.
 IDENTIFIERS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_DEEPEST = 4
+_MOST_STEPS = 1 << 53
 _NOT_TAKEN = frozenset({"params", "step", "initial_lr", *IDENTIFIERS})
 
 
@@ -34,29 +36,63 @@ class TakenGroup:
 def saved_groups(stored: object) -> list[dict[str, Any]]:
     """All param groups in what `common.pt` (or a bucket's object) has under `optimizer`, in whatever nesting.
 
-    `{"param_groups": …}`, `{"optimizer": {…}}`, and a dictionary or list of these for several optimizers.
+    `{"param_groups": …}`, `{"optimizer": {…}}`, and a dictionary or list of these for several optimizers. Of a group
+    what is no plain value is left out.
     """
-    if isinstance(stored, Mapping):
-        groups = stored.get("param_groups")
-        if isinstance(groups, list):
-            return [dict(each) for each in groups if isinstance(each, Mapping)]
-        inside = [stored["optimizer"]] if "optimizer" in stored else [stored[key] for key in stored if _is_number(key)]
-        return [group for each in inside for group in saved_groups(each)]
-    if isinstance(stored, list):
-        return [group for each in stored for group in saved_groups(each)]
-    return []
+    found = []
+    for each in _optimizers(stored):
+        groups = each.get("param_groups")
+        found += [_plain(group) for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+    return found
 
 
 def saved_step(stored: object) -> int | None:
     """The step that all parameters have in common, which optimizers without main parameters store beside the groups."""
-    if not isinstance(stored, Mapping):
-        return None
-    state = stored.get("state")
-    step = _as_int(state.get("common_step")) if isinstance(state, Mapping) else None
-    if step is not None:
-        return step
-    inside = [stored["optimizer"]] if "optimizer" in stored else [stored[key] for key in stored if _is_number(key)]
-    return next((found for each in inside if (found := saved_step(each)) is not None), None)
+    states = [each.get("state") for each in _optimizers(stored)]
+    steps = [as_step(state.get("common_step")) for state in states if isinstance(state, Mapping)]
+    return next((step for step in steps if step is not None), None)
+
+
+def as_step(value: Any) -> int | None:
+    """A count of steps, however it was stored; None for anything else."""
+    number = _number(value)
+    whole = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < _MOST_STEPS
+    return int(number) if whole and float(number).is_integer() else None
+
+
+def _optimizers(stored: object, depth: int = 0) -> Iterator[Mapping[Any, Any]]:
+    """The dictionaries that have the groups; nothing is nested deeper than several optimizers of mixed precision."""
+    if depth > _DEEPEST:
+        return
+    if isinstance(stored, list):
+        inside: Sequence[object] = stored
+    elif not isinstance(stored, Mapping):
+        return
+    elif "param_groups" in stored:
+        yield stored
+        return
+    elif "optimizer" in stored:
+        inside = [stored["optimizer"]]
+    else:
+        inside = [stored[key] for key in stored if isinstance(key, int)]
+    for each in inside:
+        yield from _optimizers(each, depth + 1)
+
+
+def _plain(group: Mapping[Any, Any]) -> dict[str, Any]:
+    values = {name: _number(value) for name, value in group.items() if isinstance(name, str)}
+    if "weight_decay" in values and _of(values, "wd_mult") == 0:
+        values["weight_decay"] = 0.0  # Megatron's scheduler multiplies it out, from its first step on
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, bool | int | float) or (isinstance(value, tuple | list) and _is_hyperparameter(value))
+    }
+
+
+def _number(value: Any) -> Any:
+    """A tensor of one element by its element."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def take_groups(live: Sequence[Group], saved: Sequence[Group]) -> list[TakenGroup]:
@@ -77,7 +113,7 @@ def _take(live: Group, candidates: Sequence[Group], saved: Sequence[Group]) -> T
             disputed.append(name)
         else:
             values[name] = found[0]
-    steps = [step for each in candidates or saved if (step := _as_int(each.get("step"))) is not None]
+    steps = [step for each in candidates or saved if (step := as_step(each.get("step"))) is not None]
     return TakenGroup(values, tuple(disputed), bool(candidates), max(steps, default=None))
 
 
@@ -95,17 +131,7 @@ def _of(group: Group, name: str) -> Any:
     return group.get(name, group.get(f"pre_{name}"))
 
 
-def _is_number(key: object) -> bool:
-    return isinstance(key, int) and not isinstance(key, bool)
-
-
 def _is_hyperparameter(value: object) -> bool:
     """A number, or a tuple of numbers. Switches (`fused`, `foreach`) are about this process."""
     each_one = value if isinstance(value, tuple | list) else [value]
     return bool(each_one) and all(isinstance(each, int | float) and not isinstance(each, bool) for each in each_one)
-
-
-def _as_int(value: Any) -> int | None:
-    value = value.item() if hasattr(value, "numel") and value.numel() == 1 else value
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return int(value) if whole and not isinstance(value, bool) else None

@@ -6,9 +6,9 @@
     python optimizer_program.py ours-load ROOT …
 
 A GPT under Megatron's DDP with `get_megatron_optimizer`, saved and loaded by its `sharded_state_dict` and
-`dist_checkpointing`; the layout of a load is the one that the checkpoint's `content_metadata` names. Nothing of
-Megatron Core is replaced; of torch five calls are by which it assumes a GPU. Prints one JSON document: what each rank
-has.
+`dist_checkpointing`; the layout of a load is the one that the checkpoint's `content_metadata` names. Of torch five
+calls are replaced by which Megatron Core assumes a GPU; of its own code one is helped along (`_keep_the_step`).
+Prints one JSON document: what each rank has.
 """
 
 from __future__ import annotations
@@ -183,10 +183,12 @@ class _Job:
         self.divided._init_optimizer_states_with_dummy_values()  # torch's Adam has no state before
         tensors = self._tensors(content)
         described = self.optimizer.sharded_state_dict(tensors, is_loading=True, metadata=content)
+        kept = list(self._kept(tensors))  # a load lets go of the tensors
         loaded = dist_checkpointing.load({"tensors": tensors, "optimizer": described}, str(self.options.folder))
+        self._keep_the_step()
         self.optimizer.load_state_dict(loaded["optimizer"])
         checked = 0
-        for parameter, part, flat in self._kept(tensors):
+        for parameter, part, flat in kept:
             weight = loaded["tensors"][next(name for name, each in tensors.items() if each is part)]
             expected = self._expected(part, "param").to(torch.bfloat16)
             if not torch.equal(weight.reshape(part.local_shape), expected):
@@ -195,11 +197,23 @@ class _Job:
             for kind in ("param", *MOMENTS):
                 if not torch.equal(found[kind].flatten(), self._expected(part, kind).flatten()[flat]):
                     raise AssertionError(f"{kind} of {part.key} differs")
-            if found["step"] != STEP:
-                raise AssertionError(f"the step of {part.key} is {found['step']}")
             checked += 1
+        # Of torch's Adam the parameters have steps too, which Megatron takes from before the load.
+        if {group["step"] for group in self.optimizer.param_groups} != {STEP}:
+            raise AssertionError(f"the groups' steps are {[group['step'] for group in self.optimizer.param_groups]}")
         groups = [[group["lr"], group["weight_decay"]] for group in self.optimizer.param_groups]
         return {"checked": checked, "groups": groups, "layout": content["distrib_optim_sharding_type"]}
+
+    def _keep_the_step(self) -> None:
+        """With torch's own Adam in it, Megatron's optimizer asks this layout for a step, which it has from the groups
+        already, and fails without (`load_parameter_state_from_fully_reshardable`)."""
+        put = self.divided._set_main_param_and_optimizer_states
+
+        def with_step(parameter: torch.Tensor, tensors: dict[str, Any]) -> None:
+            known = self.divided._get_main_param_and_optimizer_states(parameter)
+            put(parameter, {"step": known["step"], **tensors})
+
+        self.divided._set_main_param_and_optimizer_states = with_step
 
     # -- the same with this package -----------------------------------------------------------------------------------
 

@@ -43,6 +43,11 @@ def test_megatrons_own_multipliers_count_more() -> None:
     assert taken.values == {"lr": 0.5, "weight_decay": 0.0, "betas": (0.9, 0.95)}
 
 
+def test_a_group_whose_decay_no_scheduler_has_multiplied_out_yet_does_not_decay() -> None:
+    fresh = {"param_groups": [SAVED[0], {**SAVED[1], "weight_decay": 0.1}]}
+    assert [group["weight_decay"] for group in saved_groups(fresh)] == [0.1, 0.0]
+
+
 def test_what_candidates_differ_in_is_disputed_and_without_any_nothing_is_taken_but_the_step() -> None:
     (taken,) = take_groups([{"lr": 1.0, "weight_decay": 0.2}], [SAVED[0], {**SAVED[0], "lr": 0.25}])
     assert (taken.values, taken.disputed) == ({"weight_decay": 0.1}, ("lr",))
@@ -54,3 +59,15 @@ def test_the_common_step_is_found_beside_the_groups() -> None:
     assert saved_step({"optimizer": {"state": {"common_step": 5.0}, "param_groups": []}}) == 5
     assert saved_step({"param_groups": []}) is None
     assert saved_step(None) is None
+
+
+def test_what_is_no_plain_value_is_left_out_and_no_nesting_is_followed_for_ever() -> None:
+    odd = {"lr": [[1.0]], "betas": (0.9, "x"), "eps": 1e-8, 7: 1, "step": -1, "weight_decay": {"a": 1}}
+    assert saved_groups({"param_groups": [odd, "none"]}) == [{"eps": 1e-8, "step": -1}]
+    (taken,) = take_groups([{"lr": 1.0, "eps": 1.0, "weight_decay": 0.1}], saved_groups({"param_groups": [odd]}))
+    assert (taken.values, taken.step) == ({"eps": 1e-8}, None)
+    nested: Any = {"param_groups": [odd]}
+    for _ in range(5000):
+        nested = {"optimizer": nested}
+    assert saved_groups(nested) == []
+    assert saved_step(nested) is None
