@@ -92,6 +92,11 @@ class SharedStore:
         """The folder of a save from the inventory."""
         return path_of(self.root, save, self._fs)
 
+    @property
+    def fs(self) -> FileSystem:
+        """What the directory is looked at through."""
+        return self._fs
+
     def owner(self) -> Owner | None:
         """Who owns the directory; None where no run of ours ever did. CorruptCopyError if that cannot be told."""
         try:

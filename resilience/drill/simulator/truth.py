@@ -1,0 +1,429 @@
+"""What is true of a simulated run, kept outside of the code under test, and which promises it breaks.
+
+Known here: the exact state of every rank at every boundary of every start, what each owner's sealed bytes were, which
+saves were said to be complete, protected or persistent, and what each fault took. Copies are looked for on the
+simulated disks by a reader of this file's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+from resilience.drill.simulator.schedule import Scheduler
+from resilience.drill.simulator.storage import Directory, Inode, Mount
+from resilience.reports import Resume
+
+__all__ = ["Save", "StartTruth", "Truth"]
+
+WRONG_STATE: Final = "1 never resume from a wrong state"
+LOST_SAVE: Final = "2 never lose the last good save"
+REPLICA: Final = "3 a replica is the owner's bytes"
+STOPPED: Final = "5 a failed save does not stop training"
+ALIKE: Final = "6 all ranks decide alike, nobody hangs"
+NO_MISTAKE: Final = "no mistake of ours"
+FENCED: Final = "10 two live jobs never write one run"
+
+Key = tuple[int, str]  # iteration and folder of the attempt, in the order of election
+
+
+@dataclass(eq=False)
+class Save:
+    """One save, as it really is. `bytes_of`: digest of each owner's sealed bytes."""
+
+    key: Key
+    start: int
+    began_at: float
+    bytes_of: dict[int, str] = field(default_factory=dict)
+    void: str = ""  # why it must never be complete
+    complete: bool = False
+    protected: set[int] = field(default_factory=set)  # ranks that say so
+    shared: dict[str, dict[str, str]] = field(default_factory=dict)  # by directory: digests of its files
+    deleted: bool = False  # the job decided to
+
+
+@dataclass(eq=False)
+class StartTruth:
+    """One start. `nodes`: of each rank. `demand`: nothing older than this may be resumed from."""
+
+    number: int
+    nodes: tuple[str, ...]
+    attempt: str = ""
+    base: Key | None = None
+    resumed: dict[int, Key | None] = field(default_factory=dict)
+    rollback: int | None = None
+    demand: tuple[Key, str] | None = None
+    available: tuple[Key, ...] = ()
+    impaired: set[str] = field(default_factory=set)  # faults that struck while it restored
+    disturbed: set[str] = field(default_factory=set)  # all faults that struck it
+    loads: dict[int, int] = field(default_factory=dict)
+    may_fail: bool = False  # it said in words why it cannot go on, and was right
+    evicted_at: float | None = None  # when a newer start took the shared directory
+
+
+@dataclass(frozen=True)
+class _Loss:
+    node: str
+    at: float
+    save: Key | None  # None: of everything there
+
+
+class Truth:
+    """All that is known of one history."""
+
+    def __init__(self, scheduler: Scheduler, mounts: Mapping[str, Mapping[str, Mount]], tier: str, copies: int) -> None:
+        """`mounts`: of each node by name. `tier`: where saves on nodes lie, `copies`: how many there are to be."""
+        self._scheduler = scheduler
+        self._mounts = mounts
+        self._place = "disk" if tier == "local" else "mem"
+        self._copies = copies
+        self.saves: dict[Key, Save] = {}
+        self.starts: list[StartTruth] = []
+        self.story: list[str] = []
+        self.spoiled: set[int] = set()  # inodes that a fault altered
+        self._initial: dict[int, str] = {}
+        self._states: dict[tuple[int, int, str], Key] = {}  # by rank, iteration and digest
+        self._losses: list[_Loss] = []
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    def tell(self, what: str) -> None:
+        self.story.append(f"{self._scheduler.now:9.3f} {what}")
+
+    def lost(self, node: str, save: Key | None = None) -> None:
+        """A fault took what this node held (or its copy of one save)."""
+        self._losses.append(_Loss(node, self._scheduler.now, save))
+
+    def begins(self, start: StartTruth) -> None:
+        """Just before a start: what it must find."""
+        self.starts.append(start)
+        here = set(start.nodes)
+        on_nodes = {key for key in self.saves if self._complete_on(self.saves[key], here)}
+        in_shared = {
+            key
+            for key, save in self.saves.items()
+            if any(self._intact(root, files) for root, files in save.shared.items())
+        }
+        usable = sorted(key for key in on_nodes | in_shared if not self._left_behind(key) and not self.saves[key].void)
+        start.available = tuple(usable)
+        if usable:
+            start.demand = usable[-1], "its copies are there"
+        for key in sorted(self.saves, reverse=True):
+            if self._left_behind(key) or self.saves[key].void or (start.demand and key <= start.demand[0]):
+                continue
+            why = self._promised(self.saves[key], here)
+            if why:
+                start.demand = key, why
+                break
+
+    def boundary(self, start: StartTruth, rank: int, iteration: int, digest: str) -> None:
+        self._states[rank, iteration, digest] = (iteration, start.attempt)
+
+    def loading(self, start: StartTruth, rank: int) -> None:
+        start.loads[rank] = start.loads.get(rank, 0) + 1
+        if start.loads[rank] > 1:
+            self._scheduler.fail(WRONG_STATE, f"rank {rank} took in a state before every rank had verified bytes")
+
+    def resumed(
+        self, start: StartTruth, rank: int, attempt: str, resume: Resume | None, iteration: int, digest: str
+    ) -> None:
+        """A rank came out of its restore."""
+        start.attempt = attempt
+        key = self._judge_state(rank, resume, iteration, digest)
+        start.resumed[rank] = key
+        if len(set(start.resumed.values())) > 1:
+            self._scheduler.fail(ALIKE, f"start {start.number}: ranks resumed from {start.resumed}")
+        if len(start.resumed) > 1:
+            return
+        start.base = key
+        self.tell(f"start {start.number} ({attempt}) resumes from {_said(key)}")
+        self._judge_choice(start, key)
+
+    def void(self, start: StartTruth, iteration: int, why: str) -> None:
+        """The save of this iteration must never be complete."""
+        if start.attempt:
+            self._save((iteration, start.attempt), start).void = why
+
+    def committed(self, start: StartTruth, node: str, path: Path, mount: Mount) -> None:
+        """A record appeared at `path`: a shard counts from now on."""
+        key, record, shard = (
+            _key_of(path),
+            mount.find(path.parts[2:]),
+            mount.find(path.with_suffix(".safetensors").parts[2:]),
+        )
+        read = read_record(key, record, shard)
+        if key is None or read is None:
+            return
+        owner, digest = read
+        self.spoiled -= {each.number for each in (record, shard) if each is not None}
+        save = self._save(key, start)
+        true = save.bytes_of.setdefault(owner, digest) if key[1] == start.attempt else save.bytes_of.get(owner, digest)
+        if digest != true:
+            self._scheduler.fail(REPLICA, f"{node} committed other bytes than rank {owner}'s for {_said(key)}: {path}")
+
+    def uncommitted(self, start: StartTruth, node: str, path: Path) -> None:
+        """A live job removed a record."""
+        key = _key_of(path)
+        newest_complete, newest_protected = self._untouchable(start)
+        if key is None or key not in (newest_complete, newest_protected):
+            return
+        save, here = self.saves[key], set(start.nodes)
+        there = self._holders(save)
+        gone = [owner for owner in save.bytes_of if not there.get(owner)]
+        if gone and not self._lost_since(save, here) and not start.impaired:
+            what = "newest complete" if key == newest_complete else "newest protected"
+            self._scheduler.fail(
+                LOST_SAVE, f"{node} removed the last copy of rank {gone[0]}'s shard of the {what} save {_said(key)}"
+            )
+
+    def told(self, start: StartTruth, rank: int, event: str, fields: Mapping[str, Any]) -> None:
+        """An event of a rank."""
+        self._scheduler.note(f"{event} {fields.get('iteration', '')}")
+        iteration, tier = fields.get("iteration"), fields.get("tier")
+        what = str(fields.get("what"))
+        if "background task" in what and not any(kind in what for kind in _EXPECTED_IN_LANES):
+            self._scheduler.fail(NO_MISTAKE, f"rank {rank}: {what}")
+        if event in _STORY:
+            said = ", ".join(f"{name}={value}" for name, value in fields.items() if name in _FIELDS)
+            self.tell(f"  start {start.number} rank {rank}: {event} {said}")
+        if iteration is None or not start.attempt:
+            return
+        key = (int(iteration), start.attempt)
+        if event == "snapshot":
+            self._save(key, start)
+        elif event == "protected" and key in self.saves:
+            self.saves[key].protected.add(rank)
+            self._check_protected(self.saves[key], start)
+        elif event == "complete" and tier in ("local", "in_memory"):
+            self._check_complete(self._save(key, start), start)
+        elif event == "complete":
+            self._check_shared(self._save(key, start), start, str(tier))
+        elif event == "pruned":
+            self._save((int(iteration), self._folder_of(int(iteration), fields)), start).deleted = True
+
+    # -- judging ------------------------------------------------------------------------------------------------------
+
+    def _judge_state(self, rank: int, resume: Resume | None, iteration: int, digest: str) -> Key | None:
+        if resume is None:
+            if iteration != 0 or digest != self._initial.setdefault(rank, digest):
+                self._scheduler.fail(WRONG_STATE, f"rank {rank} begins afresh in another state than the first")
+            return None
+        key = self._states.get((rank, iteration, digest))
+        if key is None or key[0] != resume.iteration:
+            self._scheduler.fail(
+                WRONG_STATE, f"rank {rank} resumed iteration {resume.iteration} in a state that never was"
+            )
+        return key
+
+    def _judge_choice(self, start: StartTruth, key: Key | None) -> None:
+        if key is not None:
+            save = self.saves.get(key)
+            if save is None:
+                self._scheduler.fail(
+                    WRONG_STATE, f"nobody ever saved {_said(key)}, from which start {start.number} resumed"
+                )
+            if save.void:
+                self._scheduler.fail(WRONG_STATE, f"start {start.number} resumed from {_said(key)}, but {save.void}")
+            if start.rollback is None and self._left_behind(key, certain=True, seen_by=start):
+                self._scheduler.fail(
+                    WRONG_STATE, f"start {start.number} resumed from {_said(key)}, which was abandoned"
+                )
+        if start.rollback is not None:
+            if key is None or key[0] != start.rollback:
+                self._scheduler.fail(WRONG_STATE, f"ckpt_step={start.rollback} led to {_said(key)}")
+            return
+        if start.demand is None or start.impaired:
+            return
+        wanted, why = start.demand
+        if key is None or key < wanted:
+            self._scheduler.fail(
+                LOST_SAVE, f"start {start.number} resumed from {_said(key)}, not {_said(wanted)}: {why}"
+            )
+
+    def refused(self, start: StartTruth, error: str) -> None:
+        """The start says that it has nothing to resume from."""
+        if start.demand is not None and not start.impaired and start.rollback is None:
+            wanted, why = start.demand
+            self._scheduler.fail(LOST_SAVE, f"start {start.number} found nothing ({error}), but {_said(wanted)}: {why}")
+
+    def _check_complete(self, save: Save, start: StartTruth) -> None:
+        if save.complete:
+            return
+        save.complete = True
+        if save.void:
+            self._scheduler.fail(WRONG_STATE, f"{_said(save.key)} is said to be complete, but {save.void}")
+        there, here = self._holders(save), set(start.nodes)
+        lacking = [owner for owner in range(len(start.nodes)) if not there.get(owner)]
+        if lacking and not self._lost_since(save, here) and not save.deleted:
+            self._scheduler.fail(
+                LOST_SAVE, f"{_said(save.key)} is said to be complete without rank {lacking[0]}'s shard"
+            )
+
+    def _check_protected(self, save: Save, start: StartTruth) -> None:
+        if len(save.protected) < len(start.nodes) or save.deleted:
+            return
+        there, here = self._holders(save), set(start.nodes)
+        wanted = min(self._copies, len(here))
+        few = [owner for owner in range(len(start.nodes)) if len(there.get(owner, ())) < wanted]
+        if few and not self._lost_since(save, here) and save.key[1] == start.attempt:
+            what = f"{_said(save.key)} is said to be protected, but rank {few[0]}'s shard lies on {there.get(few[0])}"
+            self._scheduler.fail(REPLICA, what)
+
+    def _check_shared(self, save: Save, start: StartTruth, tier: str) -> None:
+        if save.void:
+            self._scheduler.fail(WRONG_STATE, f"{_said(save.key)} is said to be persistent, but {save.void}")
+        for root in ("save", "save/non_persistent"):
+            if (tier == "global") != (root != "save"):
+                continue
+            folder = f"{root}/iter_{save.key[0]:07d}"
+            files = dict(self._files(folder))
+            if not files and not start.evicted_at:
+                self._scheduler.fail(LOST_SAVE, f"{_said(save.key)} is said to be in {root}, and {folder} is not there")
+            if files:
+                save.shared[folder] = files
+
+    def _promised(self, save: Save, here: set[str]) -> str:
+        """Why a start on these nodes must find this save, or a newer one; "" if nothing promises it."""
+        if not save.complete or save.deleted or not save.bytes_of:
+            return ""
+        holders = {node for start in self.starts if start.number == save.start for node in start.nodes}
+        lost = {loss.node for loss in self._losses if loss.at >= save.began_at and loss.save in (None, save.key)}
+        lost |= holders - here
+        lost &= holders
+        world = len(self.starts[save.start].nodes)
+        bearable = min(self._copies, len(holders)) - 1 if len(save.protected) >= world else 0
+        if len(lost) > bearable:
+            return ""
+        return f"it was {'protected' if bearable else 'complete'}, and only {sorted(lost) or 'nothing'} was lost since"
+
+    def _left_behind(self, key: Key, *, certain: bool = False, seen_by: StartTruth | None = None) -> bool:
+        """Whether a later attempt abandoned it. `certain`: and that attempt's log is in sight of `seen_by`."""
+        generation = _generation(key[1])
+        for start in self.starts:
+            if not start.attempt or _generation(start.attempt) <= generation or start is seen_by:
+                continue
+            if start.base is not None and start.base >= key:
+                continue
+            completed = any(
+                save.complete or save.shared for save in self.saves.values() if save.key[1] == start.attempt
+            )
+            if start.rollback is None and not completed:
+                continue
+            if not certain:
+                return True
+            if start.rollback is not None and seen_by is not None and self._log_is_seen(start, seen_by):
+                return True
+        return False
+
+    def _log_is_seen(self, start: StartTruth, by: StartTruth) -> bool:
+        nodes = set(start.nodes) & set(by.nodes)
+        intact = nodes - {loss.node for loss in self._losses if loss.save is None}
+        return bool(intact) or self._mount_shared.find(("save", "attempts", f"{start.attempt}.json")) is not None
+
+    def _lost_since(self, save: Save, nodes: set[str]) -> bool:
+        return any(
+            loss.node in nodes and loss.at >= save.began_at and loss.save in (None, save.key) for loss in self._losses
+        )
+
+    def _untouchable(self, start: StartTruth) -> tuple[Key | None, Key | None]:
+        own = [save for save in self.saves.values() if save.key[1] == start.attempt and not save.void]
+        complete = [save.key for save in own if save.complete]
+        protected = [save.key for save in own if len(save.protected) >= len(start.nodes)]
+        base = [start.base] if start.base is not None and start.base in self.saves else []
+        return max(complete or base, default=None), max(protected, default=None)
+
+    # -- what lies on the disks ---------------------------------------------------------------------------------------
+
+    @property
+    def _mount_shared(self) -> Mount:
+        return next(iter(self._mounts.values()))["shared"]
+
+    def _holders(self, save: Save) -> dict[int, set[str]]:
+        """By owner, the nodes that hold an intact copy of its shard."""
+        found: dict[int, set[str]] = {}
+        for node, mounts in self._mounts.items():
+            for key, folder in save_folders(mounts[self._place]):
+                if key != save.key:
+                    continue
+                for name, record in folder.names.items():
+                    shard = folder.names.get(name.removesuffix(".json") + ".safetensors")
+                    read = read_record(key, record, shard) if name.startswith("rank_") else None
+                    if read is None or {record.number, shard.number if shard else 0} & self.spoiled:
+                        continue
+                    if read[1] == save.bytes_of.get(read[0]):
+                        found.setdefault(read[0], set()).add(node)
+        return found
+
+    def _complete_on(self, save: Save, nodes: set[str]) -> bool:
+        world = len(self.starts[save.start].nodes)
+        there = self._holders(save)
+        return all(there.get(owner, set()) & nodes for owner in range(world))
+
+    def _files(self, folder: str) -> Iterator[tuple[str, str]]:
+        found = self._mount_shared.find(tuple(folder.split("/")))
+        if isinstance(found, Directory):
+            for path, directory in found.walk(Path()):
+                for name, entry in directory.names.items():
+                    if isinstance(entry, Inode):
+                        yield str(path / name), xxhash.xxh3_64_hexdigest(entry.content)
+
+    def _intact(self, folder: str, files: Mapping[str, str]) -> bool:
+        return dict(self._files(folder)) == files
+
+    def _save(self, key: Key, start: StartTruth) -> Save:
+        return self.saves.setdefault(key, Save(key, start.number, self._scheduler.now))
+
+    def _folder_of(self, iteration: int, fields: Mapping[str, Any]) -> str:
+        generation = int(fields.get("generation", 0))
+        return next((key[1] for key in self.saves if key[0] == iteration and _generation(key[1]) == generation), "")
+
+
+_EXPECTED_IN_LANES: Final = ("StoreError", "PeerLostError", "UnsafePathError")
+_STORY: Final = {
+    "fresh", "resume", "complete", "protected", "save_failed", "save_skipped", "pruned", "replication_down", "epoch",
+    "stopped", "finished", "warning",
+}  # fmt: skip
+_FIELDS: Final = {"iteration", "tier", "error", "what", "reason", "epoch", "code", "retrieved_bytes"}
+
+
+def _generation(folder: str) -> int:
+    return int(folder[1:].split("-", maxsplit=1)[0])
+
+
+def _said(key: Key | None) -> str:
+    return "nothing" if key is None else f"iteration {key[0]} of {key[1]}"
+
+
+def _key_of(path: Path) -> Key | None:
+    iteration, folder = path.parts[-3:-1]
+    return (int(iteration[5:]), folder) if iteration.startswith("iter_") else None
+
+
+def read_record(key: Key | None, record: object, shard: object) -> tuple[int, str] | None:
+    """Whose shard of the save `key` a record vouches for, and the digest of the bytes; None if it does not."""
+    if not isinstance(record, Inode) or not isinstance(shard, Inode):
+        return None
+    try:
+        fields = json.loads(bytes(record.content))
+        found = (int(fields["iteration"]), f"g{int(fields['generation']):04d}-{fields['attempt'][:8]}")
+        if found != key or int(fields["bytes"]) != len(shard.content):
+            return None
+        return int(fields["owner"]), xxhash.xxh3_128_hexdigest(shard.content)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def save_folders(mount: Mount) -> Iterator[tuple[Key, Directory]]:
+    """Every folder of a save on a node's mount."""
+    for run in mount.root.names.values():
+        for node in run.names.values() if isinstance(run, Directory) else ():
+            for iteration, found in node.names.items() if isinstance(node, Directory) else ():
+                if iteration.startswith("iter_") and isinstance(found, Directory):
+                    for folder, entry in found.names.items():
+                        if isinstance(entry, Directory):
+                            yield (int(iteration[5:]), folder), entry
