@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import traceback
 from collections import Counter
@@ -20,16 +21,18 @@ from resilience.drill.simulator.storage import Inode, Mount
 from resilience.drill.simulator.strike import strike
 from resilience.drill.simulator.threads import SimClock, SimThreads
 from resilience.drill.simulator.training import SimController, Training
-from resilience.drill.simulator.truth import ALIKE, NO_MISTAKE, STOPPED, StartTruth, Truth
+from resilience.drill.simulator.truth import ALIKE, FENCED, NO_MISTAKE, STOPPED, StartTruth, Truth
 from resilience.errors import (
     CheckpointNotFoundError,
     DivergedRanksError,
     EvictedError,
+    MemoryBudgetError,
     NoUsableSaveError,
     ResilienceError,
     StoppedExit,
 )
 from resilience.reports import Resume
+from resilience.stores.trackers import TEXT_TRACKER
 
 __all__ = ["Cluster", "Outcome", "execute"]
 
@@ -38,8 +41,8 @@ _TIMEOUT_S: Final = 8.0  # of exchanges
 _STEP_S: Final = 1.0
 _MAY_END_A_JOB: Final = {"kill", "crash", "lose", "blackout", "partition", "delay", "disconnect", "twin", "stop"}
 _IMPAIRS_A_RESTORE: Final = {
-    "io_error", "torn_write", "full_disk", "slow_disk", "flip", "flip_record", "flip_shared", "wire", "full_shared",
-    "slow_shared", "shared_io_error", "lying_fsync",
+    "torn_write", "full_disk", "flip", "flip_record", "flip_shared", "wire", "full_shared",
+    "lying_fsync",
 }  # fmt: skip
 _LEFT_ALONE_S: Final = 900.0  # survivors must come to an end by themselves within that
 
@@ -74,6 +77,7 @@ class Start:
     ranks: list[Rank] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     failed_at: float | None = None
+    late: int = 0  # names that it published on shared storage after another start had taken it over
     thought_dead: bool = False  # the launcher starts the next one beside it
 
     @property
@@ -146,6 +150,9 @@ class Cluster:
         for number, plan in enumerate(self.history.starts):
             start = self._begin(number, plan)
             self._watch(start)
+            if start.thought_dead and number + 1 < len(self.history.starts):
+                continue  # the next one begins beside it
+            self._end_leftovers()
             end = self._end_of(start)
             self.ends.append(end)
             self.truth.tell(f"start {number} ended: {end}")
@@ -155,10 +162,13 @@ class Cluster:
 
     def _begin(self, number: int, plan: StartPlan) -> Start:
         self._repair()
-        nodes = self._nodes_of(plan)
+        beside = [start for start in self.starts if not start.over]
+        elsewhere = bool(beside) and self.chance.random() < 0.5
+        nodes = [self.add_node() for _ in self.placed] if elsewhere else self._nodes_of(plan)
         per_node = self.history.ranks_per_node
         names = tuple(node.name for node in nodes for _ in range(per_node))
         truth = StartTruth(number, names)
+        truth.beside = [start.truth for start in beside]
         checkpoint = self._checkpoint(plan, truth)
         self.truth.begins(truth)
         start = Start(plan, truth, World(self.network, names, _TIMEOUT_S))
@@ -175,9 +185,16 @@ class Cluster:
             )
         return start
 
+    def _end_leftovers(self) -> None:
+        """Starts that were thought to be dead are ended for good."""
+        for start in self.starts:
+            for rank in start.ranks:
+                if not rank.ended:
+                    self.kill(start, rank)
+
     def _watch(self, start: Start) -> None:
         """Until all ranks ended; the launcher kills the survivors of a failure, or leaves them to themselves."""
-        while not start.over:
+        while not start.over and not start.thought_dead:
             failed_at, grace_s = start.failed_at, start.plan.grace_s
             if failed_at is not None:
                 until = failed_at + (_LEFT_ALONE_S if grace_s is None else grace_s)
@@ -201,6 +218,7 @@ class Cluster:
             start.world.gone(rank.rank)
         if rank.ended not in ("finished", "stopped") and start.failed_at is None:
             start.failed_at = self.scheduler.now
+        start.truth.over = start.over
         self.scheduler.wake(self._launcher)
 
     def _end_of(self, start: Start) -> str:
@@ -324,16 +342,35 @@ class Cluster:
         if isinstance(error, (NoUsableSaveError, CheckpointNotFoundError)):
             start.truth.may_fail = True
             self.truth.refused(start.truth, str(error))
-        if isinstance(error, EvictedError) and start.truth.evicted_at is not None:
+        if isinstance(error, MemoryBudgetError) or "cannot hold its checkpoints" in str(error):
+            start.truth.may_fail = bool({"full_disk", "full_shared"} & start.truth.disturbed)
+        twins = len([each for each in self.starts if not each.over]) > 1 or start.thought_dead
+        if twins and ("in use by" in str(error) or isinstance(error, EvictedError) or "could not start" in str(error)):
             start.truth.may_fail = True
 
     def _seen(self, start: Start, rank: Rank, path: Path, inode: Inode | None) -> None:
-        if not path.name.startswith("rank_") or path.suffix != ".json" or path.parts[1] == "shared":
+        if path.parts[1] == "shared":
+            if inode is not None and _publishes(path):
+                self._check_fence(start, path)
+            return
+        if not path.name.startswith("rank_") or path.suffix != ".json":
             return
         if inode is not None:
             self.truth.committed(start.truth, rank.node.name, path, rank.node.mounts[path.parts[1]])
         elif rank.process.phase == "train":
             self.truth.uncommitted(start.truth, rank.node.name, path)
+
+    def _check_fence(self, start: Start, path: Path) -> None:
+        """A start that lost the directory to another may be late by the one rename that it was about to make."""
+        owner = self.shared.find(("save", "resilience.json"))
+        if not isinstance(owner, Inode) or not start.truth.attempt:
+            return
+        attempt = json.loads(bytes(owner.content))["attempt"]
+        if not start.truth.attempt.endswith(attempt[:8]):
+            start.late += 1
+            if start.late > 1:
+                what = f"start {start.truth.number} publishes {path}, which belongs to attempt {attempt[:8]} now"
+                self.scheduler.fail(FENCED, what)
 
     # -- configuration ------------------------------------------------------------------------------------------------
 
@@ -367,6 +404,11 @@ class Cluster:
             run_id=RUN, node_id=node.name, memory_dir="/mem", exchange_timeout_s=_TIMEOUT_S,
             max_restarts_without_progress=1000, **dict(self.history.resiliency),
         )  # fmt: skip
+
+
+def _publishes(path: Path) -> bool:
+    """Whether a name on shared storage is seen by those who look for checkpoints."""
+    return (path.name == "resilience.json" and path.parent.name.startswith("iter_")) or path.name == TEXT_TRACKER
 
 
 class _Observer:

@@ -7,7 +7,7 @@ number of points in a phase of a start; one whose moment never comes does nothin
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -44,7 +44,7 @@ _WEIGHTS: Final[dict[FaultKind, int]] = {
     "stop": 1,
     "twin": 1,
 }
-_POINTS: Final = {"start": 220, "train": 900}
+_POINTS: Final = {"start": 220, "train": 600}
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class History:
             yield f"  fault, {fault}"
 
 
-def draw_history(seed: int) -> History:
-    """The history of a seed."""
+def draw_history(seed: int, focus: Sequence[FaultKind] = ()) -> History:
+    """The history of a seed. `focus`: only faults of these kinds."""
     chance = random.Random(f"history {seed}")
-    nodes = chance.choice((2, 2, 2, 3, 3, 3, 4, 4, 5, 6))
-    ranks_per_node = chance.choice((1, 1, 1, 2)) if nodes < 5 else 1
+    nodes = chance.choice((2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 5, 6))
+    ranks_per_node = chance.choice((1, 1, 1, 2)) if nodes < 4 else 1
     kind: Any = chance.choice(("local", "local", "local", "in_memory", "in_memory", "global", None))
     persist = chance.choice((None, 3, 4, 5)) if kind in ("local", "in_memory") else chance.choice((2, 3))
     starts = tuple(
@@ -133,11 +133,13 @@ def draw_history(seed: int) -> History:
     )
     world = nodes * ranks_per_node
     faults = tuple(
-        _draw_fault(chance, number, world) for number in range(len(starts) - 1) for _ in range(_count(chance))
+        _draw_fault(chance, number, world, focus or FAULTS)
+        for number in range(len(starts) - 1)
+        for _ in range(_count(chance))
     )
     checkpoint, resiliency = _draw_options(chance, persist, ranks_per_node)
     return History(
-        seed, nodes, ranks_per_node, chance.choice((6, 8, 8, 11)), kind, chance.choice((1, 2, 2, 3)), persist,
+        seed, nodes, ranks_per_node, chance.choice((3, 4, 5, 6, 8)), kind, chance.choice((1, 2, 2, 3)), persist,
         checkpoint, resiliency, chance.random() < 0.85, chance.choice((2, 2, 2, 3)) if nodes > 2 else 2,
         chance.choice((0.05, 0.2, 0.5)), chance.choice((0.0002, 0.001, 0.01)), starts, faults,
     )  # fmt: skip
@@ -157,8 +159,8 @@ def _draw_start(chance: random.Random, nodes: int, number: int, persists: bool) 
     )  # fmt: skip
 
 
-def _draw_fault(chance: random.Random, start: int, world: int) -> Fault:
-    kind = chance.choices(FAULTS, [_WEIGHTS.get(each, 2) for each in FAULTS])[0]
+def _draw_fault(chance: random.Random, start: int, world: int, kinds: Sequence[FaultKind]) -> Fault:
+    kind = chance.choices(kinds, [_WEIGHTS.get(each, 2) for each in kinds])[0]
     phase: Phase = "start" if start and chance.random() < 0.3 else "train"
     most = _POINTS[phase]
     point = chance.randint(1, most) if chance.random() < 0.7 else int(most ** chance.random())

@@ -24,7 +24,7 @@ __all__ = ["Network", "SimCommunicator", "World"]
 
 _RESET_S: Final = 0.04  # after the end of a process its peers' sockets fail
 _LEFT_S: Final = 1.0  # what a peer sent before it left in peace has arrived by then
-_LOOK_S: Final = 0.5
+_LOOK_S: Final = 1.0
 
 
 class Network:
@@ -171,12 +171,13 @@ class _Group:
         self.lost: int | None = None
         self.rounds: list[_Round] = []
         self.boxes: dict[tuple[int, int, int], _Box] = {}
-        self._waiting: list[Task] = []
+        self._waiting: dict[int, list[Task]] = {}
 
-    def wake(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for task in waiting:
-            self.world.scheduler.wake(task)
+    def wake(self, rank: int | None = None) -> None:
+        """Have a rank (None: all) look again at what it waits for."""
+        for each in list(self._waiting) if rank is None else [rank]:
+            for task in self._waiting.pop(each, ()):
+                self.world.scheduler.wake(task)
 
     def break_off(self, why: str, rank: int | None) -> None:
         """No connection of this group carries anything any more."""
@@ -189,17 +190,19 @@ class _Group:
         me: int,
         until: Callable[[], bool],
         needed: Callable[[], Sequence[int]],
+        among: Sequence[int],
         hearts: _Hearts,
         what: str,
         *,
         stalls: bool = False,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Until `until`; PeerLostError once those `needed` are gone, silent, or (`stalls`) do not move."""
-        scheduler, look_s = self.world.scheduler, min(_LOOK_S, hearts.timeout_s / 16)
-        with Vigil(
-            hearts, [rank for rank in needed() if rank != me], what, lambda: scheduler.now, stalls=stalls
-        ) as vigil:
+        """Until `until`; PeerLostError once those still `needed` are gone, or some of those `among` which they are from
+
+        the beginning fall silent, or (`stalls`) do not move.
+        """
+        scheduler, look_s = self.world.scheduler, min(_LOOK_S, hearts.timeout_s / 8)
+        with Vigil(hearts, [rank for rank in among if rank != me], what, lambda: scheduler.now, stalls=stalls) as vigil:
             while not until():
                 if self.broken:
                     raise PeerLostError(f"{what}: {self.broken}", rank=self.lost)
@@ -211,7 +214,9 @@ class _Group:
                 except PeerLostError as error:
                     self.break_off(str(error), error.rank)
                     raise
-                self._waiting.append(scheduler.current)
+                waiting = self._waiting.setdefault(me, [])
+                if scheduler.current not in waiting:
+                    waiting.append(scheduler.current)
                 scheduler.block(scheduler.now + look_s)
 
     def _look(self, me: int, needed: Sequence[int], what: str) -> None:
@@ -282,11 +287,12 @@ class SimCommunicator:
         self._world.scheduler.point(f"meet {name}")
         group = self._world.group(name, members)
         group.here.add(self.rank)
-        group.wake()
+        if len(group.here) == len(members):
+            group.wake()
         group.wait(
             self.rank, lambda: group.here >= set(members),
             lambda: [each for each in members if each not in group.here],
-            self._hearts, f"the group {name} of ranks {list(members)} did not come together", stalls=True,
+            [each for each in members if each not in group.here], self._hearts, f"the group {name} of ranks {list(members)} did not come together", stalls=True,
             wanted=wanted,
         )  # fmt: skip
         return group
@@ -324,8 +330,10 @@ class _Talking:
 
     def _carry(self, this: _Round, peer: int, given: Any) -> None:
         def arrive() -> None:
-            this.arrived.setdefault(peer, {})[self._me] = given
-            self._group.wake()
+            got = this.arrived.setdefault(peer, {})
+            got[self._me] = given
+            if this.kind == "broadcast" or len(got) == self.size:
+                self._group.wake(peer)
 
         if peer == self._me:
             arrive()
@@ -337,12 +345,17 @@ class _Talking:
         got = this.arrived.setdefault(self._me, {})
         self._group.wait(
             self._me, lambda: self._closed or all(rank in got for rank in senders),
-            lambda: [rank for rank in senders if rank not in got and rank not in this.given], self._hearts,
-            self._group.name,
+            lambda: [rank for rank in senders if rank not in got and not self._is_coming(this, rank)],
+            [rank for rank in senders if rank not in got], self._hearts, self._group.name,
         )  # fmt: skip
         if self._closed:
             raise PeerLostError(f"the group {self._group.name} is closed")
         return [got[rank] for rank in senders]
+
+    def _is_coming(self, this: _Round, rank: int) -> bool:
+        """Whether what a member gave will arrive, even if it ends now."""
+        world = self._group.world
+        return rank in this.given and world.nodes[rank] not in world.network.silent
 
     def close(self) -> None:
         self._group.world.scheduler.point(f"close {self._group.name}")
@@ -415,7 +428,9 @@ class _SimLinks:
         group, peer = self._group, transfer.peer
         group.world.scheduler.point(f"wait {group.name}")
         what = f"link among ranks {list(group.members)}"
-        group.wait(self._me, lambda: transfer.done or self._closed, lambda: [peer], self._hearts, what, stalls=True)
+        group.wait(
+            self._me, lambda: transfer.done or self._closed, lambda: [peer], [peer], self._hearts, what, stalls=True
+        )
         if not transfer.done:
             raise PeerLostError(f"{what}: closed")
 
@@ -471,4 +486,5 @@ class _SimLinks:
             received.content.view(torch.uint8)[place] ^= 1
             network.on_flip()
         sent.done = received.done = True
-        group.wake()
+        group.wake(sender)
+        group.wake(receiver)

@@ -126,6 +126,7 @@ def _flip_shared(cluster: Cluster, start: Start, rank: Rank, fault: Fault) -> No
     folders = sorted(name for name in save.names if name.startswith("iter_")) if isinstance(save, Directory) else []
     folder = save.names[folders[-1]] if folders and isinstance(save, Directory) else None
     files = [each for _, each in sorted(folder.names.items())] if isinstance(folder, Directory) else []
+    cluster.truth.shared_spoiled = True
     whole = [each for each in files if isinstance(each, Inode) and each.content]
     if whole:
         _flip_bit(cluster, cluster.chance.choice(whole))

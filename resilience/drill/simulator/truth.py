@@ -62,6 +62,8 @@ class StartTruth:
     impaired: set[str] = field(default_factory=set)  # faults that struck while it restored
     disturbed: set[str] = field(default_factory=set)  # all faults that struck it
     loads: dict[int, int] = field(default_factory=dict)
+    beside: list[StartTruth] = field(default_factory=list)  # starts that were alive when it began
+    over: bool = False
     may_fail: bool = False  # it said in words why it cannot go on, and was right
     evicted_at: float | None = None  # when a newer start took the shared directory
 
@@ -85,6 +87,7 @@ class Truth:
         self.saves: dict[Key, Save] = {}
         self.starts: list[StartTruth] = []
         self.story: list[str] = []
+        self.shared_spoiled = False  # a fault altered what lies on shared storage
         self.spoiled: set[int] = set()  # inodes that a fault altered
         self._initial: dict[int, str] = {}
         self._states: dict[tuple[int, int, str], Key] = {}  # by rank, iteration and digest
@@ -113,10 +116,13 @@ class Truth:
         start.available = tuple(usable)
         if usable:
             start.demand = usable[-1], "its copies are there"
+        persistent = [key for key, save in self.saves.items() if save.shared]
         for key in sorted(self.saves, reverse=True):
             if self._left_behind(key) or self.saves[key].void or (start.demand and key <= start.demand[0]):
                 continue
             why = self._promised(self.saves[key], here)
+            if key == max(persistent, default=None) and not self.shared_spoiled:
+                why = "it is the newest persistent one"
             if why:
                 start.demand = key, why
                 break
@@ -141,6 +147,10 @@ class Truth:
         if len(start.resumed) > 1:
             return
         start.base = key
+        for other in start.beside:
+            if not other.over and set(other.nodes) & set(start.nodes):
+                what = f"start {start.number} runs on nodes where start {other.number} is alive"
+                self._scheduler.fail(FENCED, what)
         self.tell(f"start {start.number} ({attempt}) resumes from {_said(key)}")
         self._judge_choice(start, key)
 
@@ -188,6 +198,8 @@ class Truth:
         what = str(fields.get("what"))
         if "background task" in what and not any(kind in what for kind in _EXPECTED_IN_LANES):
             self._scheduler.fail(NO_MISTAKE, f"rank {rank}: {what}")
+        if event == "warning" and any(part in what for part in _STRIKES):
+            start.impaired |= start.disturbed & _CANNOT_READ
         if event in _STORY:
             said = ", ".join(f"{name}={value}" for name, value in fields.items() if name in _FIELDS)
             self.tell(f"  start {start.number} rank {rank}: {event} {said}")
@@ -384,6 +396,8 @@ class Truth:
 
 
 _EXPECTED_IN_LANES: Final = ("StoreError", "PeerLostError", "UnsafePathError")
+_STRIKES: Final = ("struck off", "cannot be read", "'s shard from", "checkpoint of iteration")
+_CANNOT_READ: Final = {"io_error", "shared_io_error"}
 _STORY: Final = {
     "fresh", "resume", "complete", "protected", "save_failed", "save_skipped", "pruned", "replication_down", "epoch",
     "stopped", "finished", "warning",
