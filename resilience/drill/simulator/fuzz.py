@@ -6,12 +6,12 @@ import math
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from resilience.drill.simulator.cluster import Outcome, execute
-from resilience.drill.simulator.history import History, draw_history
+from resilience.drill.simulator.history import FaultKind, History, draw_history
 from resilience.drill.simulator.shrink import shrink
 
 __all__ = ["Broken", "Tally", "explain_failure", "fuzz", "run_seed"]
@@ -54,14 +54,21 @@ class Tally:
             yield f"  seed {each.seed}: {each.promise}: {each.what[:300]}"
 
 
-def run_seed(seed: int) -> Tally:
+def run_seed(seed: int, focus: Sequence[FaultKind] = ()) -> Tally:
     """One history."""
-    outcome = execute(draw_history(seed))
+    outcome = execute(draw_history(seed, focus))
     broken = [] if outcome.violation is None else [Broken(seed, outcome.violation.promise, outcome.violation.what)]
     return Tally(1, len(outcome.ends), outcome.points, Counter(outcome.struck), broken)
 
 
-def fuzz(first: int, count: int | None, *, seconds: float | None = None, workers: int = 1) -> Tally:
+def fuzz(
+    first: int,
+    count: int | None,
+    *,
+    seconds: float | None = None,
+    workers: int = 1,
+    focus: Sequence[FaultKind] = (),
+) -> Tally:
     """Run the histories of `count` seeds from `first` on, or as many as `seconds` allow. Stops after a few broken ones.
 
     Several `workers` fork from this process, which has imported all that they need.
@@ -71,9 +78,9 @@ def fuzz(first: int, count: int | None, *, seconds: float | None = None, workers
     ends_at = math.inf if seconds is None else time.monotonic() + seconds
     tally = Tally()
     if workers == 1:
-        return _run_seeds(_seeds(first, count, 0, 1), ends_at)
+        return _run_seeds(_seeds(first, count, 0, 1), ends_at, focus)
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        parts = [(_seeds(first, count, number, workers), ends_at) for number in range(workers)]
+        parts = [(_seeds(first, count, number, workers), ends_at, focus) for number in range(workers)]
         for part in pool.starmap(_run_seeds, parts, chunksize=1):
             tally.add(part)
     return tally
@@ -83,12 +90,12 @@ def _seeds(first: int, count: int | None, number: int, workers: int) -> range:
     return range(first + number, first + (count if count is not None else _ENDLESS), workers)
 
 
-def _run_seeds(seeds: range, ends_at: float) -> Tally:
+def _run_seeds(seeds: range, ends_at: float, focus: Sequence[FaultKind]) -> Tally:
     tally = Tally()
     for seed in seeds:
         if time.monotonic() >= ends_at or len(tally.broken) >= _ENOUGH_BROKEN:
             break
-        tally.add(run_seed(seed))
+        tally.add(run_seed(seed, focus))
     return tally
 
 

@@ -292,8 +292,8 @@ class SimCommunicator:
         group.wait(
             self.rank, lambda: group.here >= set(members),
             lambda: [each for each in members if each not in group.here],
-            [each for each in members if each not in group.here], self._hearts, f"the group {name} of ranks {list(members)} did not come together", stalls=True,
-            wanted=wanted,
+            [each for each in members if each not in group.here], self._hearts,
+            f"the group {name} of ranks {list(members)} did not come together", stalls=True, wanted=wanted,
         )  # fmt: skip
         return group
 

@@ -55,7 +55,7 @@ class StartTruth:
     nodes: tuple[str, ...]
     attempt: str = ""
     base: Key | None = None
-    resumed: dict[int, Key | None] = field(default_factory=dict)
+    resumed: dict[int, tuple[Key, int] | None] = field(default_factory=dict)
     rollback: int | None = None
     demand: tuple[Key, str] | None = None
     available: tuple[Key, ...] = ()
@@ -90,7 +90,7 @@ class Truth:
         self.shared_spoiled = False  # a fault altered what lies on shared storage
         self.spoiled: set[int] = set()  # inodes that a fault altered
         self._initial: dict[int, str] = {}
-        self._states: dict[tuple[int, int, str], Key] = {}  # by rank, iteration and digest
+        self._states: dict[tuple[int, int, str], tuple[Key, int]] = {}  # by rank, iteration, digest: and which start
         self._losses: list[_Loss] = []
 
     # -- what happens -------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Truth:
                 break
 
     def boundary(self, start: StartTruth, rank: int, iteration: int, digest: str) -> None:
-        self._states[rank, iteration, digest] = (iteration, start.attempt)
+        self._states[rank, iteration, digest] = (iteration, start.attempt), start.number
 
     def loading(self, start: StartTruth, rank: int) -> None:
         start.loads[rank] = start.loads.get(rank, 0) + 1
@@ -140,13 +140,12 @@ class Truth:
     ) -> None:
         """A rank came out of its restore."""
         start.attempt = attempt
-        key = self._judge_state(rank, resume, iteration, digest)
-        start.resumed[rank] = key
+        start.resumed[rank] = found = self._judge_state(rank, resume, iteration, digest)
         if len(set(start.resumed.values())) > 1:
             self._scheduler.fail(ALIKE, f"start {start.number}: ranks resumed from {start.resumed}")
         if len(start.resumed) > 1:
             return
-        start.base = key
+        start.base = key = None if found is None else found[0]
         for other in start.beside:
             if not other.over and set(other.nodes) & set(start.nodes):
                 what = f"start {start.number} runs on nodes where start {other.number} is alive"
@@ -220,17 +219,17 @@ class Truth:
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
-    def _judge_state(self, rank: int, resume: Resume | None, iteration: int, digest: str) -> Key | None:
+    def _judge_state(self, rank: int, resume: Resume | None, iteration: int, digest: str) -> tuple[Key, int] | None:
+        """Which save's state it is, and of which start."""
         if resume is None:
             if iteration != 0 or digest != self._initial.setdefault(rank, digest):
                 self._scheduler.fail(WRONG_STATE, f"rank {rank} begins afresh in another state than the first")
             return None
-        key = self._states.get((rank, iteration, digest))
-        if key is None or key[0] != resume.iteration:
-            self._scheduler.fail(
-                WRONG_STATE, f"rank {rank} resumed iteration {resume.iteration} in a state that never was"
-            )
-        return key
+        found = self._states.get((rank, iteration, digest))
+        if found is None or iteration != resume.iteration:
+            what = f"rank {rank} resumed iteration {resume.iteration} in a state that never was"
+            self._scheduler.fail(WRONG_STATE, what)
+        return found
 
     def _judge_choice(self, start: StartTruth, key: Key | None) -> None:
         if key is not None:
