@@ -227,9 +227,7 @@ class Cluster:
         for end in sorted(ends):
             if ends == {end} and end in ("finished", "stopped"):
                 return end
-        disturbed = start.truth.disturbed & _MAY_END_A_JOB
-        if start.truth.impaired:
-            disturbed |= start.truth.impaired
+        disturbed = start.truth.disturbed & _MAY_END_A_JOB | start.truth.hindered
         said = "; ".join(f"rank {rank.rank}: {rank.ended}" for rank in start.ranks)
         if not disturbed and not start.truth.may_fail:
             self.scheduler.fail(STOPPED, f"start {start.truth.number} ended without a reason: {said}")
@@ -286,8 +284,9 @@ class Cluster:
                 start.faults.remove(fault)
                 self.struck[fault.kind] += 1
                 start.truth.disturbed.add(fault.kind)
-                if len(start.truth.resumed) < len(start.ranks) and fault.kind in _IMPAIRS_A_RESTORE:
-                    start.truth.impaired.add(fault.kind)
+                if len(start.truth.resumed) < len(start.ranks):
+                    start.truth.hindered.add(fault.kind)
+                    start.truth.impaired |= {fault.kind} & _IMPAIRS_A_RESTORE
                 self.truth.tell(f"FAULT {fault}")
                 strike(self, start, start.ranks[rank], fault)
                 return

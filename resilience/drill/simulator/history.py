@@ -44,6 +44,7 @@ _WEIGHTS: Final[dict[FaultKind, int]] = {
     "stop": 1,
     "twin": 1,
 }
+_ENDING: Final[tuple[FaultKind, ...]] = ("kill", "crash", "lose", "blackout")  # so that there are restarts
 _POINTS: Final = {"start": 220, "train": 600}
 
 
@@ -133,9 +134,9 @@ def draw_history(seed: int, focus: Sequence[FaultKind] = ()) -> History:
     )
     world = nodes * ranks_per_node
     faults = tuple(
-        _draw_fault(chance, number, world, focus or FAULTS)
+        _draw_fault(chance, number, world, focus or (_ENDING if one == 0 and chance.random() < 0.6 else FAULTS))
         for number in range(len(starts) - 1)
-        for _ in range(_count(chance))
+        for one in range(_count(chance))
     )
     checkpoint, resiliency = _draw_options(chance, persist, ranks_per_node)
     return History(

@@ -114,7 +114,8 @@ def _flip_one(cluster: Cluster, rank: Rank, ending: str) -> None:
         if name.startswith("rank_") and name.endswith(ending) and name.removesuffix(ending) + ".json" in folder.names
     ]
     if found:
-        key, entry = cluster.chance.choice(found)
+        newest = [(key, entry) for key, entry in found if key == max(found, key=lambda each: each[0])[0]]
+        key, entry = cluster.chance.choice(newest if cluster.chance.random() < 0.7 else found)
         if isinstance(entry, Inode) and entry.content:
             _flip_bit(cluster, entry)
             cluster.truth.spoiled.add(entry.number)
@@ -129,7 +130,8 @@ def _flip_shared(cluster: Cluster, start: Start, rank: Rank, fault: Fault) -> No
     cluster.truth.shared_spoiled = True
     whole = [each for each in files if isinstance(each, Inode) and each.content]
     if whole:
-        _flip_bit(cluster, cluster.chance.choice(whole))
+        largest = max(whole, key=lambda each: len(each.content))
+        _flip_bit(cluster, largest if cluster.chance.random() < 0.7 else cluster.chance.choice(whole))
 
 
 def _flip_bit(cluster: Cluster, inode: Inode) -> None:

@@ -41,16 +41,16 @@ class SimController(ResiliencyController):
 class _Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(6, 3), requires_grad=False)
+        self.weight = torch.nn.Parameter(torch.zeros(256, 16), requires_grad=False)
         self.mean: torch.Tensor
-        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("mean", torch.zeros(16))
 
 
 class _Own:
     """What this rank alone has: it tells rank, start and all iterations so far."""
 
     def __init__(self, rank: int, loading: Callable[[], None]) -> None:
-        self.past = torch.full((5,), float(rank), dtype=torch.float64)
+        self.past = torch.full((2048,), float(rank), dtype=torch.float64)
         self.samples = 0
         self._loading = loading
 
@@ -78,7 +78,7 @@ class Training:
         shared = random.Random(f"{self._salt}/{iteration}")
         with torch.no_grad():
             self._model.weight.mul_(0.5).add_(shared.random())
-            self._model.weight[iteration % 6] += shared.random()
+            self._model.weight[iteration % 256] += shared.random()
             self._model.mean.mul_(0.9).add_(shared.random())
             self._own.past.mul_(0.5).add_(random.Random(f"{self._salt}/{iteration}/{self._rank}").random())
         self._own.samples += 1 + self._rank

@@ -59,7 +59,8 @@ class StartTruth:
     rollback: int | None = None
     demand: tuple[Key, str] | None = None
     available: tuple[Key, ...] = ()
-    impaired: set[str] = field(default_factory=set)  # faults that struck while it restored
+    impaired: set[str] = field(default_factory=set)  # faults because of which it may resume from an older save
+    hindered: set[str] = field(default_factory=set)  # faults that struck while it restored
     disturbed: set[str] = field(default_factory=set)  # all faults that struck it
     loads: dict[int, int] = field(default_factory=dict)
     beside: list[StartTruth] = field(default_factory=list)  # starts that were alive when it began
@@ -233,11 +234,7 @@ class Truth:
 
     def _judge_choice(self, start: StartTruth, key: Key | None) -> None:
         if key is not None:
-            save = self.saves.get(key)
-            if save is None:
-                self._scheduler.fail(
-                    WRONG_STATE, f"nobody ever saved {_said(key)}, from which start {start.number} resumed"
-                )
+            save = self._save(key, start)
             if save.void:
                 self._scheduler.fail(WRONG_STATE, f"start {start.number} resumed from {_said(key)}, but {save.void}")
             if start.rollback is None and self._left_behind(key, certain=True, seen_by=start):
@@ -423,8 +420,8 @@ def read_record(key: Key | None, record: object, shard: object) -> tuple[int, st
         return None
     try:
         fields = json.loads(bytes(record.content))
-        found = (int(fields["iteration"]), f"g{int(fields['generation']):04d}-{fields['attempt'][:8]}")
-        if found != key or int(fields["bytes"]) != len(shard.content):
+        found = int(fields["iteration"]), int(fields["generation"])
+        if key is None or found != (key[0], _generation(key[1])) or int(fields["bytes"]) != len(shard.content):
             return None
         return int(fields["owner"]), xxhash.xxh3_128_hexdigest(shard.content)
     except (ValueError, KeyError, TypeError):
