@@ -1,14 +1,15 @@
 """Mistakes that somebody could make, as patches to the source: each must be caught by the simulator.
 
-A patch names text that is there today; a test fails when it is not there any more, so that the list stays true. `focus`
-are the faults under which the mistake shows, `first` a seed from which on it shows soon.
+A patch names text that is there today; a test fails when it is not there any more, so that the list stays true. A mistake
+shows in drawn histories with faults of the kinds in `focus`, or in those that `histories` makes of a seed where drawn ones
+would hardly ever come to it. (They are given the module `history` of the package under test.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from resilience.drill.simulator.history import Fault, FaultKind, History, StartPlan
+from typing import Any
 
 __all__ = ["DEFECTS", "Defect", "Patch"]
 
@@ -26,27 +27,67 @@ class Patch:
 class Defect:
     name: str
     patches: tuple[Patch, ...]
-    focus: tuple[FaultKind, ...] = ()
-    first: int = 0
-    history: History | None = None  # where drawn ones would hardly ever come to it
+    focus: tuple[str, ...] = ()
+    histories: Callable[[Any, int], Any] | None = None
 
 
-def _kill(start: int, point: int = 320) -> Fault:
-    return Fault("kill", start, "train", 0, point)
+def _two_of_one_generation(h: Any, seed: int) -> Any:
+    """Two starts that cannot see each other number themselves alike, and save the same iterations."""
+    starts = (h.StartPlan(), h.StartPlan(away=(1,)), h.StartPlan(away=(0,)), h.StartPlan())
+    kills = tuple(h.Fault("kill", start, "train", 0, point) for start, point in enumerate((20, 320, 320)))
+    return h.History(seed, steps=40, interval=1, replication=False, starts=starts, faults=kills)
 
 
-#: Two starts that cannot see each other number themselves alike, and save the same iterations.
-_TWO_OF_ONE_GENERATION = History(
-    1, steps=40, interval=1, replication=False,
-    starts=(StartPlan(), StartPlan(away=(1,)), StartPlan(away=(0,)), StartPlan()),
-    faults=(_kill(0, 20), _kill(1), _kill(2)),
-)  # fmt: skip
+def _rolled_back(h: Any, seed: int) -> Any:
+    """A person goes back to an older checkpoint, and that start dies before it has saved anything."""
+    starts = (h.StartPlan(), h.StartPlan(rollback=True), h.StartPlan())
+    kills = (h.Fault("kill", 0, "train", 0, 500), h.Fault("kill", 1, "train", 0, 12))
+    return h.History(seed, steps=40, interval=2, persist_every=2, starts=starts, faults=kills)
 
-#: A person goes back to an older checkpoint, and that start dies before it has saved anything.
-_ROLLED_BACK = History(
-    5, steps=40, interval=2, persist_every=2, starts=(StartPlan(), StartPlan(rollback=True), StartPlan()),
-    faults=(_kill(0, 500), _kill(1, 12)),
-)  # fmt: skip
+
+def _flipped(h: Any, seed: int) -> Any:
+    """A bit of a copy of the newest save is altered right before the job dies."""
+    point = 150 + 11 * seed
+    faults = (h.Fault("flip", 0, "train", 0, point), h.Fault("kill", 0, "train", 0, point + 2))
+    return h.History(seed, steps=60, interval=2, faults=faults)
+
+
+def _altered_on_its_way(h: Any, seed: int) -> Any:
+    """A node is lost, and what the one in its place fetches is altered on its way."""
+    faults = (h.Fault("lose", 0, "train", 1, 250 + 7 * seed), h.Fault("wire", 1, "start", 0, 1, 60.0))
+    return h.History(seed, steps=60, interval=2, faults=faults)
+
+
+def _flipped_on_shared_storage(h: Any, seed: int) -> Any:
+    point = 150 + 13 * seed
+    faults = (h.Fault("flip_shared", 0, "train", 0, point), h.Fault("kill", 0, "train", 0, point + 2))
+    return h.History(seed, steps=60, kind=None, persist_every=2, faults=faults)
+
+
+def _unreadable(h: Any, seed: int) -> Any:
+    """The disks of a node fail for a few calls while a start takes stock."""
+    faults = (h.Fault("kill", 0, "train", 0, 300), h.Fault("io_error", 1, "start", 0, 20 + 2 * seed, 2.0))
+    return h.History(seed, steps=60, interval=2, replication=False, faults=faults)
+
+
+def _twins(h: Any, seed: int) -> Any:
+    """A job that lives is taken for dead and started again."""
+    fault = h.Fault("twin", 0, "train", 0, 200 + 7 * seed)
+    return h.History(seed, steps=40, interval=2, persist_every=2, starts=(h.StartPlan(),) * 3, faults=(fault,))
+
+
+def _slow_drains(h: Any, seed: int) -> Any:
+    """A save is on its way to slow storage while others are taken; then all nodes are lost."""
+    faults = (
+        h.Fault("slow_shared", 0, "train", 0, 60 + 10 * seed, 60.0),
+        h.Fault("lose", 0, "train", 0, 800 + 10 * seed),
+        h.Fault("lose", 0, "train", 1, 800 + 10 * seed),
+    )
+    return h.History(
+        seed, steps=80, interval=1, persist_every=3, checkpoint=(("async_save", True),), faults=faults,
+        starts=(h.StartPlan(grace_s=30.0), h.StartPlan()),
+    )  # fmt: skip
+
 
 DEFECTS = (
     Defect(
@@ -63,7 +104,7 @@ DEFECTS = (
                 "if not found:",
             ),
         ),
-        ("flip", "kill"),
+        histories=_flipped,
     ),
     Defect(
         "a fetched shard is taken without comparing its digest",
@@ -74,12 +115,12 @@ DEFECTS = (
                 "if not self.problem and not self.digest.value():",
             ),
         ),
-        ("wire", "lose"),
+        histories=_altered_on_its_way,
     ),
     Defect(
         "a checkpoint on shared storage is loaded without looking at its digests",
         (Patch("restore_shared.py", "            if self.verify:\n", "            if not self.verify:\n"),),
-        ("flip_shared", "lose"),
+        histories=_flipped_on_shared_storage,
     ),
     Defect(
         "the directories of a committed shard are not fsynced",
@@ -132,12 +173,12 @@ DEFECTS = (
             Patch("planning/copies.py", "found.setdefault(copies.save, [])", 'found.setdefault(SaveId(copies.save.iteration, copies.save.generation, "0" * 32), [])'),
             Patch("stores/node_store.py", "        if location.record.save != save:\n", "        if location.record.save.iteration != save.iteration:\n"),
         ),
-        history=_TWO_OF_ONE_GENERATION,
+        histories=_two_of_one_generation,
     ),
     Defect(
         "abandoned saves are elected",
         (Patch("planning/ballot.py", "        abandonments(own, history.attempts),\n", "        {},\n"),),
-        history=_ROLLED_BACK,
+        histories=_rolled_back,
     ),
     Defect(
         "a failed save counts as kept",
@@ -164,14 +205,14 @@ DEFECTS = (
     Defect(
         "a directory that cannot be read counts as empty",
         (Patch("stores/node_store.py", "return Inventory(source=self.node_id, unknown=str(error))", "return Inventory(source=self.node_id)"),),
-        ("io_error", "kill"),
+        histories=_unreadable,
     ),
     Defect(
         "a start goes on while a source does not answer",
         (Patch("planning/election.py", "    if ballot.unknown and not policy.unknown_final:\n", "    if ballot.unknown and policy.unknown_final is None:\n"),
          Patch("planning/election.py", "        if newest is not None and newest > candidate.save:\n", "        if newest is not None and newest < candidate.save:\n"),
          Patch("planning/election.py", "    if ballot.unknown:\n        return _unavailable(ballot, \"A start", "    if ballot.unknown is None:\n        return _unavailable(ballot, \"A start")),
-        ("io_error", "kill"),
+        histories=_unreadable,
     ),
     Defect(
         "a rank that is not healthy takes part in saves",
@@ -182,19 +223,19 @@ DEFECTS = (
     Defect(
         "who lost the shared directory goes on to publish",
         (Patch("stores/shared_store.py", "        if current != mine:\n", "        if current is None:\n"),),
-        ("twin",),
+        histories=_twins,
     ),
     Defect(
         "a node's directory is written without taking its lock",
         (Patch("assembly.py", "                lock.acquire()\n                break\n", "                break\n"),),
-        ("twin",),
+        histories=_twins,
     ),
     Defect(
         "an arena is given to the next save while it is being read",
         (
             Patch("stores/keeper.py", "            left = self._pins.get(id(arena), 0) - 1\n", "            left = 0\n"),
         ),
-        ("slow_shared", "kill", "lose"),
+        histories=_slow_drains,
     ),
     Defect(
         "pruning on shared storage keeps the oldest",
@@ -216,10 +257,5 @@ DEFECTS = (
         "a rank acts on what it was asked, not on what all agreed",
         (Patch("ledger.py", "        self._requests -= requests\n", "        self.heard |= requests\n        self._requests -= requests\n"),),
         ("stop",),
-    ),
-    Defect(
-        "a rank whose snapshot failed is silent in the exchange",
-        (Patch("saving/saving.py", "        if wish.on_nodes and self.replicas is not None:\n            job = (", "        if wish.on_nodes and self.replicas is not None and snapshot is not None:\n            job = ("),),
-        ("full_disk",),
     ),
 )  # fmt: skip

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from resilience.config import CheckpointConfig, ResiliencyConfig
+from resilience.drill.simulator.communicator import SimCommunicator
 from resilience.drill.simulator.disk import SimFileSystem
 from resilience.drill.simulator.history import Fault, History, StartPlan
-from resilience.drill.simulator.network import Network, SimCommunicator, World
+from resilience.drill.simulator.network import Network, World
 from resilience.drill.simulator.schedule import Process, Scheduler, Violation
 from resilience.drill.simulator.storage import Inode, Mount
 from resilience.drill.simulator.strike import strike
 from resilience.drill.simulator.threads import SimClock, SimThreads
 from resilience.drill.simulator.training import SimController, Training
-from resilience.drill.simulator.truth import ALIKE, FENCED, NO_MISTAKE, STOPPED, StartTruth, Truth
+from resilience.drill.simulator.truth import ALIKE, FENCED, NO_MISTAKE, STOPPED, StartObserver, StartTruth, Truth
 from resilience.errors import (
     CheckpointNotFoundError,
     DivergedRanksError,
@@ -31,7 +32,6 @@ from resilience.errors import (
     ResilienceError,
     StoppedExit,
 )
-from resilience.reports import Resume
 from resilience.stores.trackers import TEXT_TRACKER
 
 __all__ = ["Cluster", "Outcome", "execute"]
@@ -296,7 +296,7 @@ class Cluster:
     def _main(self, start: Start, rank: Rank, checkpoint: CheckpointConfig) -> None:
         """What the process of a rank does, as a user's script would."""
         history, scheduler, process = self.history, self.scheduler, rank.process
-        observer = _Observer(self.truth, start.truth)
+        observer = StartObserver(self.truth, start.truth)
         fs = SimFileSystem(
             scheduler, process, rank.node.mounts, lambda path, inode: self._seen(start, rank, path, inode)
         )  # fmt: skip
@@ -408,23 +408,3 @@ class Cluster:
 def _publishes(path: Path) -> bool:
     """Whether a name on shared storage is seen by those who look for checkpoints."""
     return (path.name == "resilience.json" and path.parent.name.startswith("iter_")) or path.name == TEXT_TRACKER
-
-
-class _Observer:
-    """The truth, as one start's ranks tell it."""
-
-    def __init__(self, truth: Truth, start: StartTruth) -> None:
-        self._truth = truth
-        self._start = start
-
-    def told(self, rank: int, event: str, fields: Mapping[str, Any]) -> None:
-        self._truth.told(self._start, rank, event, fields)
-
-    def loading(self, rank: int) -> None:
-        self._truth.loading(self._start, rank)
-
-    def resumed(self, rank: int, attempt: str, resume: Resume | None, iteration: int, digest: str) -> None:
-        self._truth.resumed(self._start, rank, attempt, resume, iteration, digest)
-
-    def boundary(self, rank: int, attempt: str, iteration: int, digest: str) -> None:
-        self._truth.boundary(self._start, rank, iteration, digest)

@@ -1,4 +1,4 @@
-"""`Communicator` for a simulated job: mailboxes with delay, loss of connection, partitions, dead and silent peers.
+"""The simulated network: who reaches whom, what takes how long, and the groups of ranks that talk over it.
 
 Who is waited for and for how long is decided by the real `Vigil`, over simulated heartbeats, so that the bounds are
 those of a real job. A process that ends closes its connections, which its peers notice soon; a node that loses power is
@@ -17,10 +17,9 @@ import torch
 
 from resilience.drill.simulator.schedule import Process, Scheduler, Task
 from resilience.errors import PeerLostError
-from resilience.replication.communicator import Agreements, Control, Links, SoloAgreements, SoloControl, Transfer
 from resilience.replication.liveness import Vigil
 
-__all__ = ["Network", "SimCommunicator", "World"]
+__all__ = ["Group", "Hearts", "Network", "Round", "SimTransfer", "World"]
 
 _RESET_S: Final = 0.04  # after the end of a process its peers' sockets fail
 _LEFT_S: Final = 1.0  # what a peer sent before it left in peace has arrived by then
@@ -89,7 +88,7 @@ class World:
         self.nodes = tuple(nodes)
         self.timeout_s = timeout_s
         self.members: dict[int, Member] = {}
-        self._groups: dict[tuple[str, tuple[int, ...]], _Group] = {}
+        self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
 
     def join(self, rank: int, process: Process) -> None:
         self.members[rank] = Member(rank, self.nodes[rank], process)
@@ -101,8 +100,8 @@ class World:
             member.gone_at = self.scheduler.now
             self.scheduler.at(self.scheduler.now + _RESET_S, self._wake_all)
 
-    def group(self, name: str, members: tuple[int, ...]) -> _Group:
-        return self._groups.setdefault((name, members), _Group(self, name, members))
+    def group(self, name: str, members: tuple[int, ...]) -> Group:
+        return self._groups.setdefault((name, members), Group(self, name, members))
 
     def disconnect(self, rank: int, chance: random.Random) -> None:
         """One connection of the rank breaks: of those for bulk bytes, as a rule."""
@@ -133,7 +132,34 @@ class World:
             group.wake()
 
 
-class _Hearts:
+@dataclass(eq=False)
+class Round:
+    """One collective of a group: what each member gave, and what has arrived where."""
+
+    kind: str
+    given: dict[int, Any] = field(default_factory=dict)
+    arrived: dict[int, dict[int, Any]] = field(default_factory=dict)  # by receiver, then sender
+
+
+@dataclass(eq=False)
+class SimTransfer:
+    """A send or a receive of one rank."""
+
+    peer: int
+    content: torch.Tensor
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Box:
+    """Messages of one sender, receiver and tag, in order."""
+
+    sends: deque[SimTransfer] = field(default_factory=deque)
+    receives: deque[SimTransfer] = field(default_factory=deque)
+    free_at: float = 0.0
+
+
+class Hearts:
     """`Heartbeats` of a world, as one rank sees them."""
 
     def __init__(self, world: World, rank: int) -> None:
@@ -158,7 +184,7 @@ class _Hearts:
         return self._latest
 
 
-class _Group:
+class Group:
     """Some ranks of a world that talk with each other under one name."""
 
     def __init__(self, world: World, name: str, members: tuple[int, ...]) -> None:
@@ -169,8 +195,8 @@ class _Group:
         self.left: dict[int, float] = {}  # who closed it in peace, and by when all that it sent has arrived
         self.broken = ""
         self.lost: int | None = None
-        self.rounds: list[_Round] = []
-        self.boxes: dict[tuple[int, int, int], _Box] = {}
+        self.rounds: list[Round] = []
+        self.boxes: dict[tuple[int, int, int], Box] = {}
         self._waiting: dict[int, list[Task]] = {}
 
     def wake(self, rank: int | None = None) -> None:
@@ -191,7 +217,7 @@ class _Group:
         until: Callable[[], bool],
         needed: Callable[[], Sequence[int]],
         among: Sequence[int],
-        hearts: _Hearts,
+        hearts: Hearts,
         what: str,
         *,
         stalls: bool = False,
@@ -225,266 +251,3 @@ class _Group:
                 raise PeerLostError(f"{what}: rank {rank} is gone", rank=rank)
             if rank != me and rank in self.left and self.world.scheduler.now > self.left[rank] + _LEFT_S:
                 raise PeerLostError(f"{what}: rank {rank} has left", rank=rank)
-
-
-@dataclass(eq=False)
-class _Round:
-    """One collective of a group: what each member gave, and what has arrived where."""
-
-    kind: str
-    given: dict[int, Any] = field(default_factory=dict)
-    arrived: dict[int, dict[int, Any]] = field(default_factory=dict)  # by receiver, then sender
-
-
-@dataclass(eq=False)
-class _Transfer:
-    """A send or a receive of one rank."""
-
-    peer: int
-    content: torch.Tensor
-    done: bool = False
-
-
-@dataclass(eq=False)
-class _Box:
-    """Messages of one sender, receiver and tag, in order."""
-
-    sends: deque[_Transfer] = field(default_factory=deque)
-    receives: deque[_Transfer] = field(default_factory=deque)
-    free_at: float = 0.0
-
-
-class SimCommunicator:
-    """`Communicator` of one rank."""
-
-    def __init__(self, world: World, rank: int, local_rank: int) -> None:
-        self.rank = rank
-        self.world_size = len(world.nodes)
-        self.local_rank = local_rank
-        self._world = world
-        self._hearts = _Hearts(world, rank)
-
-    def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
-        members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
-        return (
-            SoloAgreements()
-            if len(members) == 1
-            else _SimAgreements(self._meet(name, members), self.rank, self._hearts)
-        )
-
-    def control(self, name: str, nodes: Sequence[str]) -> Control:
-        if self.world_size == 1:
-            return SoloControl()
-        return _SimControl(self._meet(name, tuple(range(self.world_size))), self.rank, self._hearts)
-
-    def links(self, name: str, ranks: Sequence[int], wanted: Callable[[], bool] = lambda: True) -> Links:
-        return _SimLinks(self._meet(name, tuple(ranks), wanted), self.rank, self._hearts)
-
-    def close(self) -> None:
-        self._world.scheduler.point("close communicator")
-
-    def _meet(self, name: str, members: tuple[int, ...], wanted: Callable[[], bool] = lambda: True) -> _Group:
-        self._world.scheduler.point(f"meet {name}")
-        group = self._world.group(name, members)
-        group.here.add(self.rank)
-        if len(group.here) == len(members):
-            group.wake()
-        group.wait(
-            self.rank, lambda: group.here >= set(members),
-            lambda: [each for each in members if each not in group.here],
-            [each for each in members if each not in group.here], self._hearts,
-            f"the group {name} of ranks {list(members)} did not come together", stalls=True, wanted=wanted,
-        )  # fmt: skip
-        return group
-
-
-class _Talking:
-    """Rounds of a group, in the same order on every member."""
-
-    def __init__(self, group: _Group, rank: int, hearts: _Hearts) -> None:
-        self.rank = group.members.index(rank)
-        self.size = len(group.members)
-        self._group = group
-        self._me = rank
-        self._hearts = hearts
-        self._count = 0
-        self._closed = False
-
-    def _give(self, kind: str, given: Any) -> _Round:
-        """Take part in the next round: what this member gives is on its way to the others."""
-        group, world = self._group, self._group.world
-        world.scheduler.point(f"{kind} {group.name}")
-        if self._closed or group.broken:
-            raise PeerLostError(f"{group.name}: {group.broken or 'closed'}", rank=group.lost)
-        if len(group.rounds) == self._count:
-            group.rounds.append(_Round(kind))
-        this = group.rounds[self._count]
-        if this.kind != kind:
-            what = f"rank {self._me} comes with {kind} where others came with {this.kind}, in the group {group.name}"
-            world.scheduler.fail("6 all ranks decide alike, nobody hangs", what)
-        self._count += 1
-        this.given[self._me] = given
-        for peer in group.members:
-            self._carry(this, peer, given)
-        return this
-
-    def _carry(self, this: _Round, peer: int, given: Any) -> None:
-        def arrive() -> None:
-            got = this.arrived.setdefault(peer, {})
-            got[self._me] = given
-            if this.kind == "broadcast" or len(got) == self.size:
-                self._group.wake(peer)
-
-        if peer == self._me:
-            arrive()
-        else:
-            world = self._group.world
-            world.network.carry(world.nodes[self._me], world.nodes[peer], arrive)
-
-    def _hear(self, this: _Round, senders: Sequence[int]) -> list[Any]:
-        got = this.arrived.setdefault(self._me, {})
-        self._group.wait(
-            self._me, lambda: self._closed or all(rank in got for rank in senders),
-            lambda: [rank for rank in senders if rank not in got and not self._is_coming(this, rank)],
-            [rank for rank in senders if rank not in got], self._hearts, self._group.name,
-        )  # fmt: skip
-        if self._closed:
-            raise PeerLostError(f"the group {self._group.name} is closed")
-        return [got[rank] for rank in senders]
-
-    def _is_coming(self, this: _Round, rank: int) -> bool:
-        """Whether what a member gave will arrive, even if it ends now."""
-        world = self._group.world
-        return rank in this.given and world.nodes[rank] not in world.network.silent
-
-    def close(self) -> None:
-        self._group.world.scheduler.point(f"close {self._group.name}")
-        self._closed = True
-        world = self._group.world
-        self._group.left.setdefault(self._me, world.network.farewell(world.nodes[self._me]))
-        self._group.wake()
-
-
-class _SimAgreements(_Talking):
-    def gather(self, payload: bytes) -> list[bytes]:
-        return self._hear(self._give("gather", payload), self._group.members)
-
-    def broadcast(self, payload: bytes | None) -> bytes:
-        first = self._group.members[0]
-        if self.rank == 0 and payload is None:
-            raise ValueError("member 0 must give the payload")
-        found = self._hear(self._give("broadcast", payload), (first,))[0]
-        return bytes(found)
-
-    def maximum(self, values: Sequence[int]) -> list[int]:
-        columns = self._hear(self._give("maximum", list(values)), self._group.members)
-        if len({len(column) for column in columns}) != 1:
-            self._group.world.scheduler.fail(
-                "6 all ranks decide alike, nobody hangs",
-                f"maximum over vectors of unequal lengths in {self._group.name}",
-            )
-        return [max(column) for column in zip(*columns, strict=True)]
-
-    def barrier(self) -> None:
-        self.maximum([0])
-
-
-class _SimControl(_Talking):
-    _under_way: _Round | None = None
-    _values: Sequence[int] = ()
-
-    def start(self, values: Sequence[int]) -> None:
-        self._under_way = self._give("control", list(values))
-
-    def result(self) -> list[int]:
-        if self._under_way is not None:
-            columns = self._hear(self._under_way, self._group.members)
-            if len({len(column) for column in columns}) != 1:
-                self._group.world.scheduler.fail(
-                    "6 all ranks decide alike, nobody hangs", "control vectors of unequal lengths"
-                )
-            self._values = [max(column) for column in zip(*columns, strict=True)]
-            self._under_way = None
-        return list(self._values)
-
-
-class _SimLinks:
-    """`Links` of one rank: bytes are read from the sender's memory when they arrive, not when they were posted."""
-
-    def __init__(self, group: _Group, rank: int, hearts: _Hearts) -> None:
-        self._group = group
-        self._me = rank
-        self._hearts = hearts
-        self._closed = False
-
-    def send(self, content: torch.Tensor, peer: int, tag: int) -> Transfer:
-        return self._post(content, peer, self._box(self._me, peer, tag), "send")
-
-    def receive(self, content: torch.Tensor, peer: int, tag: int) -> Transfer:
-        return self._post(content, peer, self._box(peer, self._me, tag), "receive")
-
-    def wait(self, transfer: Transfer) -> None:
-        assert isinstance(transfer, _Transfer)
-        group, peer = self._group, transfer.peer
-        group.world.scheduler.point(f"wait {group.name}")
-        what = f"link among ranks {list(group.members)}"
-        group.wait(
-            self._me, lambda: transfer.done or self._closed, lambda: [peer], [peer], self._hearts, what, stalls=True
-        )
-        if not transfer.done:
-            raise PeerLostError(f"{what}: closed")
-
-    def close(self, *, failed: bool = False, linger_s: float = 10.0) -> None:
-        group = self._group
-        group.world.scheduler.point(f"close {group.name}")
-        if self._closed:
-            return
-        self._closed = True
-        group.left.setdefault(self._me, group.world.network.farewell(group.world.nodes[self._me]))
-        if failed:
-            group.break_off(f"rank {self._me} is gone", self._me)
-        group.wake()
-
-    def _box(self, sender: int, receiver: int, tag: int) -> _Box:
-        return self._group.boxes.setdefault((sender, receiver, tag), _Box())
-
-    def _post(self, content: torch.Tensor, peer: int, box: _Box, what: str) -> _Transfer:
-        group = self._group
-        group.world.scheduler.point(f"{what} {group.name}")
-        if self._closed or group.broken:
-            raise PeerLostError(f"link among ranks {list(group.members)}: {group.broken or 'closed'}", rank=group.lost)
-        if peer in group.left:
-            raise PeerLostError(f"link to rank {peer}: it has left", rank=peer)
-        transfer = _Transfer(peer, content)
-        (box.sends if what == "send" else box.receives).append(transfer)
-        sender = self._me if what == "send" else peer
-        self._match(box, sender, peer if what == "send" else self._me)
-        return transfer
-
-    def _match(self, box: _Box, sender: int, receiver: int) -> None:
-        world = self._group.world
-        while box.sends and box.receives:
-            sent, received = box.sends.popleft(), box.receives.popleft()
-            world.network.carry(
-                world.nodes[sender],
-                world.nodes[receiver],
-                lambda sent=sent, received=received: self._arrive(sent, received, sender, receiver),  # type: ignore[misc]
-            )
-
-    def _arrive(self, sent: _Transfer, received: _Transfer, sender: int, receiver: int) -> None:
-        group = self._group
-        members = group.world.members
-        if group.broken or any(members[rank].gone_at is not None for rank in (sender, receiver)):
-            return
-        if sent.content.nbytes != received.content.nbytes:
-            raise AssertionError("a message of another size than the receive that was posted for it")
-        received.content.copy_(sent.content)
-        network = group.world.network
-        if network.flips and received.content.nbytes > 256:
-            network.flips -= 1
-            place = network.scheduler.random.randrange(received.content.nbytes)
-            received.content.view(torch.uint8)[place] ^= 1
-            network.on_flip()
-        sent.done = received.done = True
-        group.wake(sender)
-        group.wake(receiver)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from resilience.drill.simulator.evidence import save_folders
 from resilience.drill.simulator.history import Fault, FaultKind
 from resilience.drill.simulator.storage import Directory, Inode, Mount
-from resilience.drill.simulator.truth import save_folders
 
 if TYPE_CHECKING:
     from resilience.drill.simulator.cluster import Cluster, Rank, Start
@@ -118,7 +118,7 @@ def _flip_one(cluster: Cluster, rank: Rank, ending: str) -> None:
         key, entry = cluster.chance.choice(newest if cluster.chance.random() < 0.7 else found)
         if isinstance(entry, Inode) and entry.content:
             _flip_bit(cluster, entry)
-            cluster.truth.spoiled.add(entry.number)
+            cluster.truth.evidence.spoiled.add(entry.number)
             cluster.truth.lost(rank.node.name, key)
 
 

@@ -7,19 +7,17 @@ simulated disks by a reader of this file's own.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import xxhash
-
+from resilience.drill.simulator.evidence import Evidence, Key, generation_of, key_of, read_record
 from resilience.drill.simulator.schedule import Scheduler
-from resilience.drill.simulator.storage import Directory, Inode, Mount
+from resilience.drill.simulator.storage import Mount
 from resilience.reports import Resume
 
-__all__ = ["Save", "StartTruth", "Truth"]
+__all__ = ["Save", "StartObserver", "StartTruth", "Truth"]
 
 WRONG_STATE: Final = "1 never resume from a wrong state"
 LOST_SAVE: Final = "2 never lose the last good save"
@@ -28,8 +26,6 @@ STOPPED: Final = "5 a failed save does not stop training"
 ALIKE: Final = "6 all ranks decide alike, nobody hangs"
 NO_MISTAKE: Final = "no mistake of ours"
 FENCED: Final = "10 two live jobs never write one run"
-
-Key = tuple[int, str]  # iteration and folder of the attempt, in the order of election
 
 
 @dataclass(eq=False)
@@ -66,7 +62,6 @@ class StartTruth:
     beside: list[StartTruth] = field(default_factory=list)  # starts that were alive when it began
     over: bool = False
     may_fail: bool = False  # it said in words why it cannot go on, and was right
-    evicted_at: float | None = None  # when a newer start took the shared directory
 
 
 @dataclass(frozen=True)
@@ -82,14 +77,12 @@ class Truth:
     def __init__(self, scheduler: Scheduler, mounts: Mapping[str, Mapping[str, Mount]], tier: str, copies: int) -> None:
         """`mounts`: of each node by name. `tier`: where saves on nodes lie, `copies`: how many there are to be."""
         self._scheduler = scheduler
-        self._mounts = mounts
-        self._place = "disk" if tier == "local" else "mem"
+        self.evidence = Evidence(mounts, "disk" if tier == "local" else "mem")
         self._copies = copies
         self.saves: dict[Key, Save] = {}
         self.starts: list[StartTruth] = []
         self.story: list[str] = []
         self.shared_spoiled = False  # a fault altered what lies on shared storage
-        self.spoiled: set[int] = set()  # inodes that a fault altered
         self._initial: dict[int, str] = {}
         self._states: dict[tuple[int, int, str], tuple[Key, int]] = {}  # by rank, iteration, digest: and which start
         self._losses: list[_Loss] = []
@@ -111,7 +104,7 @@ class Truth:
         in_shared = {
             key
             for key, save in self.saves.items()
-            if any(self._intact(root, files) for root, files in save.shared.items())
+            if any(self.evidence.shared_files(root) == files for root, files in save.shared.items())
         }
         usable = sorted(key for key in on_nodes | in_shared if not self._left_behind(key) and not self.saves[key].void)
         start.available = tuple(usable)
@@ -162,7 +155,7 @@ class Truth:
     def committed(self, start: StartTruth, node: str, path: Path, mount: Mount) -> None:
         """A record appeared at `path`: a shard counts from now on."""
         key, record, shard = (
-            _key_of(path),
+            key_of(path),
             mount.find(path.parts[2:]),
             mount.find(path.with_suffix(".safetensors").parts[2:]),
         )
@@ -170,7 +163,7 @@ class Truth:
         if key is None or read is None:
             return
         owner, digest = read
-        self.spoiled -= {each.number for each in (record, shard) if each is not None}
+        self.evidence.spoiled -= {each.number for each in (record, shard) if each is not None}
         save = self._save(key, start)
         true = save.bytes_of.setdefault(owner, digest) if key[1] == start.attempt else save.bytes_of.get(owner, digest)
         if digest != true:
@@ -178,12 +171,12 @@ class Truth:
 
     def uncommitted(self, start: StartTruth, node: str, path: Path) -> None:
         """A live job removed a record."""
-        key = _key_of(path)
+        key = key_of(path)
         newest_complete, newest_protected = self._untouchable(start)
         if key is None or key not in (newest_complete, newest_protected):
             return
         save, here = self.saves[key], set(start.nodes)
-        there = self._holders(save)
+        there = self.evidence.holders(save.key, save.bytes_of)
         gone = [owner for owner in save.bytes_of if not there.get(owner)]
         if gone and not self._lost_since(save, here) and not start.impaired:
             what = "newest complete" if key == newest_complete else "newest protected"
@@ -216,7 +209,7 @@ class Truth:
         elif event == "complete":
             self._check_shared(self._save(key, start), start, str(tier))
         elif event == "pruned":
-            self._save((int(iteration), self._folder_of(int(iteration), fields)), start).deleted = True
+            self._pruned(int(iteration), int(fields["generation"]))
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
@@ -265,7 +258,7 @@ class Truth:
         save.complete = True
         if save.void:
             self._scheduler.fail(WRONG_STATE, f"{_said(save.key)} is said to be complete, but {save.void}")
-        there, here = self._holders(save), set(start.nodes)
+        there, here = self.evidence.holders(save.key, save.bytes_of), set(start.nodes)
         lacking = [owner for owner in range(len(start.nodes)) if not there.get(owner)]
         if lacking and not self._lost_since(save, here) and not save.deleted:
             self._scheduler.fail(
@@ -275,7 +268,7 @@ class Truth:
     def _check_protected(self, save: Save, start: StartTruth) -> None:
         if len(save.protected) < len(start.nodes) or save.deleted:
             return
-        there, here = self._holders(save), set(start.nodes)
+        there, here = self.evidence.holders(save.key, save.bytes_of), set(start.nodes)
         wanted = min(self._copies, len(here))
         few = [owner for owner in range(len(start.nodes)) if len(there.get(owner, ())) < wanted]
         if few and not self._lost_since(save, here) and save.key[1] == start.attempt:
@@ -289,8 +282,8 @@ class Truth:
             if (tier == "global") != (root != "save"):
                 continue
             folder = f"{root}/iter_{save.key[0]:07d}"
-            files = dict(self._files(folder))
-            if not files and not start.evicted_at:
+            files = self.evidence.shared_files(folder)
+            if not files:
                 self._scheduler.fail(LOST_SAVE, f"{_said(save.key)} is said to be in {root}, and {folder} is not there")
             if files:
                 save.shared[folder] = files
@@ -311,9 +304,9 @@ class Truth:
 
     def _left_behind(self, key: Key, *, certain: bool = False, seen_by: StartTruth | None = None) -> bool:
         """Whether a later attempt abandoned it. `certain`: and that attempt's log is in sight of `seen_by`."""
-        generation = _generation(key[1])
+        generation = generation_of(key[1])
         for start in self.starts:
-            if not start.attempt or _generation(start.attempt) <= generation or start is seen_by:
+            if not start.attempt or generation_of(start.attempt) <= generation or start is seen_by:
                 continue
             if start.base is not None and start.base >= key:
                 continue
@@ -331,7 +324,7 @@ class Truth:
     def _log_is_seen(self, start: StartTruth, by: StartTruth) -> bool:
         nodes = set(start.nodes) & set(by.nodes)
         intact = nodes - {loss.node for loss in self._losses if loss.save is None}
-        return bool(intact) or self._mount_shared.find(("save", "attempts", f"{start.attempt}.json")) is not None
+        return bool(intact) or self.evidence.has_shared_log(start.attempt)
 
     def _lost_since(self, save: Save, nodes: set[str]) -> bool:
         return any(
@@ -345,50 +338,41 @@ class Truth:
         base = [start.base] if start.base is not None and start.base in self.saves else []
         return max(complete or base, default=None), max(protected, default=None)
 
-    # -- what lies on the disks ---------------------------------------------------------------------------------------
-
-    @property
-    def _mount_shared(self) -> Mount:
-        return next(iter(self._mounts.values()))["shared"]
-
-    def _holders(self, save: Save) -> dict[int, set[str]]:
-        """By owner, the nodes that hold an intact copy of its shard."""
-        found: dict[int, set[str]] = {}
-        for node, mounts in self._mounts.items():
-            for key, folder in save_folders(mounts[self._place]):
-                if key != save.key:
-                    continue
-                for name, record in folder.names.items():
-                    shard = folder.names.get(name.removesuffix(".json") + ".safetensors")
-                    read = read_record(key, record, shard) if name.startswith("rank_") else None
-                    if read is None or {record.number, shard.number if shard else 0} & self.spoiled:
-                        continue
-                    if read[1] == save.bytes_of.get(read[0]):
-                        found.setdefault(read[0], set()).add(node)
-        return found
-
-    def _complete_on(self, save: Save, nodes: set[str]) -> bool:
-        world = len(self.starts[save.start].nodes)
-        there = self._holders(save)
-        return all(there.get(owner, set()) & nodes for owner in range(world))
-
-    def _files(self, folder: str) -> Iterator[tuple[str, str]]:
-        found = self._mount_shared.find(tuple(folder.split("/")))
-        if isinstance(found, Directory):
-            for path, directory in found.walk(Path()):
-                for name, entry in directory.names.items():
-                    if isinstance(entry, Inode):
-                        yield str(path / name), xxhash.xxh3_64_hexdigest(entry.content)
-
-    def _intact(self, folder: str, files: Mapping[str, str]) -> bool:
-        return dict(self._files(folder)) == files
-
     def _save(self, key: Key, start: StartTruth) -> Save:
         return self.saves.setdefault(key, Save(key, start.number, self._scheduler.now))
 
-    def _folder_of(self, iteration: int, fields: Mapping[str, Any]) -> str:
-        generation = int(fields.get("generation", 0))
-        return next((key[1] for key in self.saves if key[0] == iteration and _generation(key[1]) == generation), "")
+    def _pruned(self, iteration: int, generation: int) -> None:
+        for key, save in self.saves.items():
+            if key[0] == iteration and generation_of(key[1]) == generation:
+                save.deleted = True
+
+    def _complete_on(self, save: Save, nodes: set[str]) -> bool:
+        there = self.evidence.holders(save.key, save.bytes_of)
+        return all(there.get(owner, set()) & nodes for owner in range(len(self.starts[save.start].nodes)))
+
+
+class StartObserver:
+    """The truth, as one start's ranks tell it."""
+
+    def __init__(self, truth: Truth, start: StartTruth) -> None:
+        self._truth = truth
+        self._start = start
+
+    def told(self, rank: int, event: str, fields: Mapping[str, Any]) -> None:
+        self._truth.told(self._start, rank, event, fields)
+
+    def loading(self, rank: int) -> None:
+        self._truth.loading(self._start, rank)
+
+    def resumed(self, rank: int, attempt: str, resume: Resume | None, iteration: int, digest: str) -> None:
+        self._truth.resumed(self._start, rank, attempt, resume, iteration, digest)
+
+    def boundary(self, rank: int, attempt: str, iteration: int, digest: str) -> None:
+        self._truth.boundary(self._start, rank, iteration, digest)
+
+
+def _said(key: Key | None) -> str:
+    return "nothing" if key is None else f"iteration {key[0]} of {key[1]}"
 
 
 _EXPECTED_IN_LANES: Final = ("StoreError", "PeerLostError", "UnsafePathError")
@@ -399,41 +383,3 @@ _STORY: Final = {
     "stopped", "finished", "warning",
 }  # fmt: skip
 _FIELDS: Final = {"iteration", "tier", "error", "what", "reason", "epoch", "code", "retrieved_bytes"}
-
-
-def _generation(folder: str) -> int:
-    return int(folder[1:].split("-", maxsplit=1)[0])
-
-
-def _said(key: Key | None) -> str:
-    return "nothing" if key is None else f"iteration {key[0]} of {key[1]}"
-
-
-def _key_of(path: Path) -> Key | None:
-    iteration, folder = path.parts[-3:-1]
-    return (int(iteration[5:]), folder) if iteration.startswith("iter_") else None
-
-
-def read_record(key: Key | None, record: object, shard: object) -> tuple[int, str] | None:
-    """Whose shard of the save `key` a record vouches for, and the digest of the bytes; None if it does not."""
-    if not isinstance(record, Inode) or not isinstance(shard, Inode):
-        return None
-    try:
-        fields = json.loads(bytes(record.content))
-        found = int(fields["iteration"]), int(fields["generation"])
-        if key is None or found != (key[0], _generation(key[1])) or int(fields["bytes"]) != len(shard.content):
-            return None
-        return int(fields["owner"]), xxhash.xxh3_128_hexdigest(shard.content)
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def save_folders(mount: Mount) -> Iterator[tuple[Key, Directory]]:
-    """Every folder of a save on a node's mount."""
-    for run in mount.root.names.values():
-        for node in run.names.values() if isinstance(run, Directory) else ():
-            for iteration, found in node.names.items() if isinstance(node, Directory) else ():
-                if iteration.startswith("iter_") and isinstance(found, Directory):
-                    for folder, entry in found.names.items():
-                        if isinstance(entry, Directory):
-                            yield (int(iteration[5:]), folder), entry
