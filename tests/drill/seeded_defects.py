@@ -66,8 +66,30 @@ def _flipped_on_shared_storage(h: Any, seed: int) -> Any:
 
 def _unreadable(h: Any, seed: int) -> Any:
     """The disks of a node fail for a few calls while a start takes stock."""
-    faults = (h.Fault("kill", 0, "train", 0, 300), h.Fault("io_error", 1, "start", 0, 20 + 2 * seed, 2.0))
-    return h.History(seed, steps=60, interval=2, replication=False, faults=faults)
+    faults = (h.Fault("kill", 0, "train", 0, 700), h.Fault("io_error", 1, "start", 0, 20 + 2 * seed, 2.0))
+    return h.History(seed, steps=60, interval=1, persist_every=4, replication=False, faults=faults)
+
+
+def _power_failures(h: Any, seed: int) -> Any:
+    """A node whose copies are the only ones loses power, and comes back with its disk."""
+    fault = h.Fault("crash", 0, "train", 0, 60 + 7 * seed)
+    return h.History(seed, steps=60, interval=2, replication=False, faults=(fault,))
+
+
+def _lost_after_a_restart(h: Any, seed: int) -> Any:
+    """A second start saves on its nodes, which are then lost: what the first one left on shared storage is the newest."""
+    faults = (
+        h.Fault("kill", 0, "train", 0, 700),
+        h.Fault("lose", 1, "train", 0, 150 + 5 * seed),
+        h.Fault("lose", 1, "train", 1, 150 + 5 * seed),
+    )
+    starts = (h.StartPlan(), h.StartPlan(grace_s=30.0), h.StartPlan())
+    return h.History(seed, steps=60, interval=2, persist_every=8, starts=starts, faults=faults)
+
+
+def _stopped(h: Any, seed: int) -> Any:
+    """One rank is asked to stop."""
+    return h.History(seed, steps=30, interval=2, faults=(h.Fault("stop", 0, "train", 1, 60 + 11 * seed),))
 
 
 def _twins(h: Any, seed: int) -> Any:
@@ -125,7 +147,7 @@ DEFECTS = (
     Defect(
         "the directories of a committed shard are not fsynced",
         (Patch("stores/node_store.py", "        if self._durable:\n            self.fs.fsync_dir(path.parent)", "        if False:\n            self.fs.fsync_dir(path.parent)"),),
-        ("crash", "blackout"),
+        histories=_power_failures,
     ),
     Defect(
         "a record is written without fsync",
@@ -136,24 +158,12 @@ DEFECTS = (
                 "encode_record(record), durable=False)",
             ),
         ),
-        ("crash", "blackout"),
+        histories=_power_failures,
     ),
     Defect(
         "the run's own directories are not fsynced at a start",
         (Patch("stores/node_store.py", "            for folder in (base, self.root.parent, self.root):\n", "            for folder in ():\n"),),
-        ("blackout",),
-    ),
-    Defect(
-        "the folder of a persistent checkpoint is renamed without fsync of its directory",
-        (
-            Patch(
-                "stores/shared_store.py",
-                "self._fs.rename(self.root / source, self.root / target))\n        self._fs.fsync_dir(self.root)\n",
-                "self._fs.rename(self.root / source, self.root / target))\n",
-            ),
-            Patch("stores/shared_store.py", "        self._fs.unlink(self.root / note.note_name)\n        self._fs.fsync_dir(self.root)\n", "        self._fs.unlink(self.root / note.note_name)\n"),
-        ),
-        ("blackout",),
+        histories=_power_failures,
     ),
     Defect(
         "older saves are deleted before the new one is committed",
@@ -251,11 +261,16 @@ DEFECTS = (
     Defect(
         "the attempt log forgets what the start resumed from",
         (Patch("controller.py", "decision.next_generation, base=decision.base, fork=decision.fork", "decision.next_generation, base=None, fork=decision.fork"),),
-        ("kill", "lose", "crash"),
+        histories=_lost_after_a_restart,
     ),
     Defect(
         "a rank acts on what it was asked, not on what all agreed",
-        (Patch("ledger.py", "        self._requests -= requests\n", "        self.heard |= requests\n        self._requests -= requests\n"),),
-        ("stop",),
+        (Patch(
+                "ledger.py",
+                "        heard, self.heard = self.heard, set()\n",
+                "        heard, self.heard = self.heard | self._requests, set()\n",
+            ),
+        ),
+        histories=_stopped,
     ),
 )  # fmt: skip

@@ -39,7 +39,7 @@ __all__ = ["Cluster", "Outcome", "execute"]
 RUN: Final = "run"
 _TIMEOUT_S: Final = 8.0  # of exchanges
 _STEP_S: Final = 1.0
-_MAY_END_A_JOB: Final = {"kill", "crash", "lose", "blackout", "partition", "delay", "disconnect", "twin", "stop"}
+_MAY_END_A_JOB: Final = {"kill", "crash", "lose", "blackout", "partition", "delay", "disconnect", "twin"}
 _IMPAIRS_A_RESTORE: Final = {
     "torn_write", "full_disk", "flip", "flip_record", "flip_shared", "wire", "full_shared",
     "lying_fsync",
@@ -191,6 +191,11 @@ class Cluster:
             for rank in start.ranks:
                 if not rank.ended:
                     self.kill(start, rank)
+
+    def take_for_dead(self, start: Start) -> None:
+        """The launcher believes that the job ended, and goes on to the next start."""
+        start.thought_dead = True
+        self.scheduler.wake(self._launcher)
 
     def _watch(self, start: Start) -> None:
         """Until all ranks ended; the launcher kills the survivors of a failure, or leaves them to themselves."""

@@ -158,7 +158,7 @@ def _stop(cluster: Cluster, start: Start, rank: Rank, fault: Fault) -> None:
 
 
 def _twin(cluster: Cluster, start: Start, rank: Rank, fault: Fault) -> None:
-    start.thought_dead = True
+    cluster.take_for_dead(start)
 
 
 def _slow(cluster: Cluster, mount: Mount, fault: Fault) -> None:
