@@ -113,6 +113,23 @@ def test_a_finished_run_whose_memory_cannot_be_freed_is_no_failed_one(tmp_path: 
     assert any("is not freed" in str(each.get("what")) for each in told)
 
 
+def test_a_mark_that_cannot_be_taken_away_again_ends_no_start(tmp_path: Path, memory_mount: Path) -> None:
+    """One rank raised alone, after all had agreed that all is well, and the others waited for it."""
+
+    class KeepsMarks(PosixFileSystem):
+        def unlink(self, path: Path) -> bool:
+            if path.name.startswith(".nonce-"):
+                raise StoreError(f"cannot remove {path}: Input/output error.")
+            return super().unlink(path)
+
+    checkpoint = CheckpointConfig(save=str(tmp_path / "save"), save_interval=2)
+    resiliency = ResiliencyConfig(run_id=RUN, node_id="a", memory_dir=str(memory_mount))
+    state = TrainingState(torch.nn.Linear(2, 2))
+    controller = ResiliencyController(state, checkpoint, resiliency, filesystem=KeepsMarks())
+    assert controller.restore() is None
+    controller.close()
+
+
 def test_a_power_failure_does_not_take_the_node_s_directories_with_what_was_durable_in_them() -> None:
     mount, save = Mount("disk"), SaveId(3, 1, ATTEMPT)
     content = memoryview(bytearray(b"shard" * 100))

@@ -66,7 +66,7 @@ def _flipped_on_shared_storage(h: Any, seed: int) -> Any:
 
 def _unreadable(h: Any, seed: int) -> Any:
     """The disks of a node fail for a few calls while a start takes stock."""
-    faults = (h.Fault("kill", 0, "train", 0, 700), h.Fault("io_error", 1, "start", 0, 20 + 2 * seed, 2.0))
+    faults = (h.Fault("kill", 0, "train", 0, 700), h.Fault("io_error", 1, "start", 0, 50 + seed, 1.0))
     return h.History(seed, steps=60, interval=1, persist_every=4, replication=False, faults=faults)
 
 

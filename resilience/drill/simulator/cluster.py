@@ -288,10 +288,11 @@ class Cluster:
             if fault.rank == rank and fault.phase == process.phase and fault.point <= process.points:
                 start.faults.remove(fault)
                 self.struck[fault.kind] += 1
-                start.truth.disturbed.add(fault.kind)
-                if len(start.truth.resumed) < len(start.ranks):
-                    start.truth.hindered.add(fault.kind)
-                    start.truth.impaired |= {fault.kind} & _IMPAIRS_A_RESTORE
+                for alive in [each for each in self.starts if each is start or not each.over]:
+                    alive.truth.disturbed.add(fault.kind)
+                    if len(alive.truth.resumed) < len(alive.ranks):
+                        alive.truth.hindered.add(fault.kind)
+                        alive.truth.impaired |= {fault.kind} & _IMPAIRS_A_RESTORE
                 self.truth.tell(f"FAULT {fault}")
                 strike(self, start, start.ranks[rank], fault)
                 return
