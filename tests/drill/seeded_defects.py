@@ -154,8 +154,8 @@ DEFECTS = (
         (
             Patch(
                 "stores/node_store.py",
-                "encode_record(record), durable=self._durable)",
-                "encode_record(record), durable=False)",
+                "encode_record(record, self.seal), durable=self._durable)",
+                "encode_record(record, self.seal), durable=False)",
             ),
         ),
         histories=_power_failures,
@@ -206,8 +206,8 @@ DEFECTS = (
         (
             Patch(
                 "restore.py",
-                "        struck = self._agree_strikes(failed, problem)\n        if struck:\n            return struck, None\n        if load is None:",
-                "        if load is not None and not failed:\n            load(state)()\n        struck = self._agree_strikes(failed, problem)\n        if struck:\n            return struck, None\n        if load is None:",
+                "            struck = self._agree_strikes(failed, problem)\n",
+                "            if load is not None and not failed:\n                load(state)()\n            struck = self._agree_strikes(failed, problem)\n",
             ),
         ),
         ("flip", "kill"),

@@ -10,6 +10,7 @@ import torch
 from resilience.drill.simulator.network import Box, Group, Hearts, Round, SimTransfer, World
 from resilience.drill.simulator.truth import ALIKE
 from resilience.errors import PeerLostError
+from resilience.replication.authenticated import OPEN, Session
 from resilience.replication.communicator import Agreements, Control, Links, SoloAgreements, SoloControl, Transfer
 
 __all__ = ["SimCommunicator"]
@@ -24,14 +25,16 @@ class SimCommunicator:
         self.local_rank = local_rank
         self._world = world
         self._hearts = Hearts(world, rank)
+        self._session: Session = OPEN
+
+    def authenticate(self, session: Session) -> None:
+        self._session = session
 
     def agreements(self, name: str, ranks: Sequence[int] | None = None) -> Agreements:
         members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
-        return (
-            SoloAgreements()
-            if len(members) == 1
-            else _SimAgreements(self._meet(name, members), self.rank, self._hearts)
-        )
+        if len(members) == 1:
+            return SoloAgreements()
+        return self._session.agreements(_SimAgreements(self._meet(name, members), self.rank, self._hearts), name)
 
     def control(self, name: str, nodes: Sequence[str]) -> Control:
         if self.world_size == 1:
@@ -39,7 +42,8 @@ class SimCommunicator:
         return _SimControl(self._meet(name, tuple(range(self.world_size))), self.rank, self._hearts)
 
     def links(self, name: str, ranks: Sequence[int], wanted: Callable[[], bool] = lambda: True) -> Links:
-        return _SimLinks(self._meet(name, tuple(ranks), wanted), self.rank, self._hearts)
+        links = _SimLinks(self._meet(name, tuple(ranks), wanted), self.rank, self._hearts)
+        return self._session.links(links, name, self.rank)
 
     def close(self) -> None:
         self._world.scheduler.point("close communicator")
