@@ -189,7 +189,7 @@ class Truth:
         self._scheduler.note(f"{event} {fields.get('iteration', '')}")
         iteration, tier = fields.get("iteration"), fields.get("tier")
         what = str(fields.get("what"))
-        if "background task" in what and not any(kind in what for kind in _EXPECTED_IN_LANES):
+        if fields.get("advice") == "Please report this.":
             self._scheduler.fail(NO_MISTAKE, f"rank {rank}: {what}")
         if event == "warning" and any(part in what for part in _STRIKES):
             start.impaired |= start.disturbed & _CANNOT_READ
@@ -375,7 +375,6 @@ def _said(key: Key | None) -> str:
     return "nothing" if key is None else f"iteration {key[0]} of {key[1]}"
 
 
-_EXPECTED_IN_LANES: Final = ("StoreError", "PeerLostError", "UnsafePathError")
 _STRIKES: Final = ("struck off", "cannot be read", "'s shard from", "checkpoint of iteration")
 _CANNOT_READ: Final = {"io_error", "shared_io_error"}
 _STORY: Final = {
