@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import resilience.formats.torch_dist_reader
+import resilience.formats.torch_dist_writer  # noqa: F401 - not in the middle of a history: both take seconds
 from resilience.config import CheckpointConfig, ResiliencyConfig
 from resilience.drill.simulator.communicator import SimCommunicator
 from resilience.drill.simulator.disk import SimFileSystem
