@@ -9,15 +9,18 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 BENCH_ARGS ?= --out bench-out
+SECONDS ?= 60
+SEED   ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-slurm test-exhaustive check format bench docs clean
+.PHONY: help demo test test-full test-slurm test-exhaustive fuzz check format bench docs clean
 
 help:
 	@echo "make demo       train on 4 virtual nodes, lose one for good, recover, compare bit for bit"
 	@echo "make test       the test suite, without the tests that take minutes"
 	@echo "make test-full  the tests that take minutes     make test-slurm  job scripts on a real Slurm cluster on this host"
 	@echo "make test-exhaustive  every fault at every system call, and 50,000 hostile inputs: an hour"
+	@echo "make fuzz       histories of a simulated cluster, for SECONDS=60 from SEED=0"
 	@echo "make check      ruff, mypy and the quick tests        make format     let ruff rewrite"
 	@echo "make bench      figures against memcpy, torch.save, DCP, gloo, NVRx"
 	@echo "make docs       regenerate docs/configuration.md, render docs/ to docs/_site"
@@ -61,6 +64,9 @@ test-slurm: $(VENV)/.test
 	@command -v slurmctld >/dev/null || { apt-get -qq update && \
 		apt-get -qq install -y --no-install-recommends slurm-wlm munge; } || echo "Slurm cannot be installed here"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.base
+	OMP_NUM_THREADS=1 $(BIN)/python -m resilience.drill.simulator --seconds $(SECONDS) --seed $(SEED) --workers 2
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

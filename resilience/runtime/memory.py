@@ -23,10 +23,11 @@ def available_bytes(memory: Path, disk: Path, fs: FileSystem) -> dict[str, int |
 
 
 def _free(place: Path, fs: FileSystem) -> int | None:
+    """None if the mount does not answer: nobody may be refused for that, and the other ranks wait."""
     try:
         return fs.free_bytes(place)
     except OSError:
-        return None  # a save that finds no room will say so
+        return None
 
 
 def _machine() -> int | None:

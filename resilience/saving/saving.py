@@ -445,7 +445,10 @@ class Saving:
         self._start.setup.barrier()
         if self._start.job.leads_node:
             for store in self._start.stores:
-                store.forget()
+                try:
+                    store.forget()
+                except OSError as error:  # all is saved: no reason to say that the run failed
+                    self.tell("warning", what=f"{store.root} is not freed: {error}", advice="Remove it.")
 
     def close(self, *, failed: bool) -> bool:
         """End lanes and groups within a bound; committed copies stay. False if a lane is stuck."""

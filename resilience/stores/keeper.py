@@ -390,7 +390,8 @@ class ShardKeeper:
             held, self._held = self._held, {}
         for owner, arenas in free.items():
             for arena in arenas:
-                self._drop(owner, arena)
+                with contextlib.suppress(StoreError):  # a disk that refuses: swept by the next start
+                    self._drop(owner, arena)
         for kept in held.values():
             if kept is not None:
                 kept.close()

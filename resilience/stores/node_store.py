@@ -104,13 +104,18 @@ class NodeStore:
     def prepare(self) -> None:
         """Make the directories. Local; any rank, before it takes the lock."""
         base = Path(os.path.realpath(self.base))  # a person may give a link to it
-        for folder in (base, self.root.parent, self.root, self.arenas):
+        for folder in (base, self.root.parent, self.root, self.root / ATTEMPTS, self.arenas):
             self.fs.make_dir(folder)  # each must be ours: who owns one may swap its files
             found = self.fs.stat(folder)
             if found is not None and found.open_to_others:
                 raise UnsafePathError(f"others may swap files in {folder}.", advice=f"Run chmod go-w {folder}.")
         # a memory-backed mount loses everything with the node: fsync there would only cost time
         self._durable = not self.fs.is_memory_backed(self.root)
+        if self._durable:  # what is durable in a directory is lost with the directory's own name
+            with contextlib.suppress(StoreError):  # above the base nothing is ours
+                self.fs.fsync_dir(base.parent)
+            for folder in (base, self.root.parent, self.root):
+                self.fs.fsync_dir(folder)
 
     @property
     def memory_backed(self) -> bool:

@@ -15,6 +15,7 @@ Nothing here is collective: one rank calls what writes, and tells the others how
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -92,6 +93,11 @@ class SharedStore:
         """The folder of a save from the inventory."""
         return path_of(self.root, save, self._fs)
 
+    @property
+    def fs(self) -> FileSystem:
+        """What the directory is looked at through."""
+        return self._fs
+
     def owner(self) -> Owner | None:
         """Who owns the directory; None where no run of ours ever did. CorruptCopyError if that cannot be told."""
         try:
@@ -131,6 +137,8 @@ class SharedStore:
         ConfigError if the directory belongs to another run, EvictedError if a newer attempt owns it already.
         """
         self._fs.make_dir(self.root)
+        with contextlib.suppress(StoreError):  # above it nothing is ours
+            self._fs.fsync_dir(self.root.parent)  # else a power failure may take the directory with all that is in it
         current = self.owner()
         if current is not None and current.run_id != run_id:
             raise ConfigError(
@@ -233,6 +241,7 @@ class SharedStore:
     def write_attempt_log(self, log: AttemptLog) -> None:
         """Keep what this attempt says of itself; one file per attempt, so no fence is needed."""
         self._fs.make_dir(self.root / ATTEMPTS)
+        self._fs.fsync_dir(self.root)
         name = SaveId(0, log.generation, log.attempt).folder
         self._fs.write_atomic(self.root / ATTEMPTS / f"{name}.json", encode_attempt_log(log))
 
