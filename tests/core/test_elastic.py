@@ -73,7 +73,9 @@ def test_training_goes_on_with_fewer_ranks_from_what_the_survivors_hold(
 
 @pytest.mark.long
 @pytest.mark.parametrize("make", WAYS)
-@pytest.mark.parametrize("kind", ["local", "disk", "in_memory"])
+@pytest.mark.parametrize(
+    "kind", ["local", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("disk", "in_memory"))]
+)
 @pytest.mark.parametrize("algorithm", ["fully_parallel", "atomic"])
 @pytest.mark.parametrize("nodes", [("a",), ("b", "a"), ("e", "c", "a", "b", "f")], ids=len)
 def test_any_number_of_ranks_puts_the_state_together(

@@ -14,7 +14,7 @@ from tests.faults.pair import PeerRestore, Replication
 from tests.ranks import run_ranks, values
 
 SAMPLE = 8  # calls of each operation in the quick tests: each kind of fault once
-MORE = 16  # the same for `make test-full`; `make test-exhaustive` tries all
+MORE = 12  # the same for `make test-full`; `make test-exhaustive` tries all
 BOUND_S = 3000.0  # of a whole loop
 
 

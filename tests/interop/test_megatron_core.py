@@ -63,7 +63,11 @@ PLAIN = Layout(tp=2, world=4)
 GATED = Layout(tp=2, world=4, gated=True)
 EXPERTS = Layout(ep=2, world=2, gated=True, experts=4)
 TIED = Layout(pp=2, world=2, tied=True)
-SAVED = [GATED, EXPERTS, TIED]
+_SOME = [
+    pytest.param(GATED, id="gated"),
+    pytest.param(EXPERTS, id="experts", marks=pytest.mark.exhaustive),
+    pytest.param(TIED, id="tied", marks=pytest.mark.exhaustive),
+]
 
 
 def at(saved: Layout, **sizes: int) -> Layout:
@@ -71,7 +75,7 @@ def at(saved: Layout, **sizes: int) -> Layout:
     return Layout(**sizes, gated=saved.gated, experts=saved.experts, tied=saved.tied)
 
 
-@pytest.fixture(scope="module", params=SAVED, ids=["gated", "experts", "tied"])
+@pytest.fixture(scope="module", params=_SOME)
 def trained(request: pytest.FixtureRequest, megatron: Megatron, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of our trainer with Megatron Core's model."""
     root = tmp_path_factory.mktemp("trained") / "run"
@@ -95,7 +99,7 @@ def test_our_trainer_goes_on_from_there_as_it_was_and_otherwise_divided(megatron
         assert megatron("resume", root, layout) == told
 
 
-@pytest.mark.parametrize("saved", SAVED, ids=["gated", "experts", "tied"])
+@pytest.mark.parametrize("saved", _SOME)
 def test_our_trainer_goes_on_from_what_megatron_core_saved(megatron: Megatron, tmp_path: Path, saved: Layout) -> None:
     """Weights, extra state, and random numbers where these stood for the same place."""
     told = megatron("save", tmp_path / "run" / FOLDER, saved)
@@ -105,6 +109,7 @@ def test_our_trainer_goes_on_from_what_megatron_core_saved(megatron: Megatron, t
     assert megatron("evaluate", tmp_path / "run", at(saved, world=1)) == of_model
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("version", OTHER_VERSIONS)
 def test_other_versions_of_megatron_core_read_ours_and_are_read(
     megatron: Megatron, repository: Path, tmp_path: Path, version: str

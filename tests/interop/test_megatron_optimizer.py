@@ -42,9 +42,17 @@ def program(
 @pytest.mark.parametrize(
     ("layout", "options", "saved", "loaded"),
     [
-        (FULLY, (), {"tp": 2, "world": 4}, {"pp": 2, "world": 2}),
-        (FULLY, ("--mem-efficient",), {"tp": 1, "world": 2}, {"tp": 2, "world": 2}),
-        (BUCKETS, ("--bucket-size", "2000"), {"tp": 1, "world": 2}, {"tp": 1, "world": 1}),
+        pytest.param(FULLY, (), {"tp": 2, "world": 4}, {"pp": 2, "world": 2}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            FULLY, ("--mem-efficient",), {"tp": 1, "world": 2}, {"tp": 2, "world": 2}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            BUCKETS,
+            ("--bucket-size", "2000"),
+            {"tp": 1, "world": 2},
+            {"tp": 1, "world": 1},
+            marks=pytest.mark.exhaustive,
+        ),
         (BUCKETS, (), {"tp": 2, "world": 4}, {"tp": 2, "world": 2}),
     ],
 )
@@ -67,10 +75,10 @@ def test_ours_goes_on_from_megatrons(
 @pytest.mark.parametrize(
     ("layout", "saved", "loaded"),
     [
-        (FULLY, {"tp": 2, "world": 4}, {"pp": 2, "world": 2}),
-        (FULLY, {"tp": 1, "world": 2}, {"tp": 2, "world": 4}),
+        pytest.param(FULLY, {"tp": 2, "world": 4}, {"pp": 2, "world": 2}, marks=pytest.mark.exhaustive),
+        pytest.param(FULLY, {"tp": 1, "world": 2}, {"tp": 2, "world": 4}, marks=pytest.mark.exhaustive),
         (BUCKETS, {"tp": 1, "world": 2}, {"tp": 1, "world": 1}),
-        (BUCKETS, {"tp": 2, "world": 2}, {"tp": 2, "world": 4}),
+        pytest.param(BUCKETS, {"tp": 2, "world": 2}, {"tp": 2, "world": 4}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_megatrons_goes_on_from_ours(
