@@ -15,6 +15,7 @@ import pytest
 
 from tests.interop.megatron_env import needed_python
 
+LONGEST = pytest.mark.exhaustive
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 FULLY, BUCKETS = "fully_reshardable", "dp_reshardable"
@@ -42,16 +43,14 @@ def program(
 @pytest.mark.parametrize(
     ("layout", "options", "saved", "loaded"),
     [
-        pytest.param(FULLY, (), {"tp": 2, "world": 4}, {"pp": 2, "world": 2}, marks=pytest.mark.exhaustive),
-        pytest.param(
-            FULLY, ("--mem-efficient",), {"tp": 1, "world": 2}, {"tp": 2, "world": 2}, marks=pytest.mark.exhaustive
-        ),
+        pytest.param(FULLY, (), {"tp": 2, "world": 4}, {"pp": 2, "world": 2}, marks=LONGEST),
+        pytest.param(FULLY, ("--mem-efficient",), {"tp": 1, "world": 2}, {"tp": 2, "world": 2}, marks=LONGEST),
         pytest.param(
             BUCKETS,
             ("--bucket-size", "2000"),
             {"tp": 1, "world": 2},
             {"tp": 1, "world": 1},
-            marks=pytest.mark.exhaustive,
+            marks=LONGEST,
         ),
         (BUCKETS, (), {"tp": 2, "world": 4}, {"tp": 2, "world": 2}),
     ],
@@ -75,10 +74,10 @@ def test_ours_goes_on_from_megatrons(
 @pytest.mark.parametrize(
     ("layout", "saved", "loaded"),
     [
-        pytest.param(FULLY, {"tp": 2, "world": 4}, {"pp": 2, "world": 2}, marks=pytest.mark.exhaustive),
-        pytest.param(FULLY, {"tp": 1, "world": 2}, {"tp": 2, "world": 4}, marks=pytest.mark.exhaustive),
+        pytest.param(FULLY, {"tp": 2, "world": 4}, {"pp": 2, "world": 2}, marks=LONGEST),
+        pytest.param(FULLY, {"tp": 1, "world": 2}, {"tp": 2, "world": 4}, marks=LONGEST),
         (BUCKETS, {"tp": 1, "world": 2}, {"tp": 1, "world": 1}),
-        pytest.param(BUCKETS, {"tp": 2, "world": 2}, {"tp": 2, "world": 4}, marks=pytest.mark.exhaustive),
+        pytest.param(BUCKETS, {"tp": 2, "world": 2}, {"tp": 2, "world": 4}, marks=LONGEST),
     ],
 )
 def test_megatrons_goes_on_from_ours(
