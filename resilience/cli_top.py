@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _EVERY_S: Final = 1.0
 _MOST_SAVES: Final = 6
+_MOST_NODES: Final = 20
+_LONGEST_NEWS: Final = 120
 #: What the views of a job have alike, as far as directories of saves tell.
 _UNKNOWN: Final[dict[str, Any]] = {
     "iterations_per_s": None, "world_size": None, "complete": None, "protected": None, "persistent": None,
@@ -192,6 +194,7 @@ def picture(document: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     from resilience.cli_tables import rows
+    from resilience.observe.phrases import shortened
 
     style = {"running": "bold green", "finished": "bold", "stopped": "bold"}.get(document["state"], "bold red")
     head = Text(f"run {document['run_id']}: {document['state']}", style=style)
@@ -210,7 +213,8 @@ def picture(document: dict[str, Any]) -> RenderableType:
         saves = [(each["iteration"], each["tier"], "complete" if each["complete"] else each["reason"] or "incomplete")
                  for each in document["held"]]  # fmt: skip
         parts.append(rows(("save", "tier", "state"), saves, right="save"))
-    parts += [Text(f"{_ago(each['age_s'])} ago: {each['text']}", style="dim") for each in document["news"]]
+    for each in document["news"]:
+        parts.append(Text(f"{_ago(each['age_s'])} ago: {shortened(each['text'], _LONGEST_NEWS)}", style="dim"))
     return Group(*parts)
 
 
@@ -250,7 +254,14 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
 def _nodes(nodes: list[dict[str, Any]]) -> list[tuple[object, ...]]:
     """Those heard of least recently first: they are why somebody looks."""
     late = sorted(nodes, key=lambda node: -node["seen_s_ago"])
-    return [(each["node"], each["ranks"], each["iteration"], f"{_ago(each['seen_s_ago'])} ago") for each in late[:20]]
+    told: list[tuple[object, ...]] = [
+        (each["node"], each["ranks"], each["iteration"], f"{_ago(each['seen_s_ago'])} ago")
+        for each in late[:_MOST_NODES]
+    ]
+    rest = late[_MOST_NODES:]
+    if rest:
+        told.append((f"{len(rest):,} others", sum(each["ranks"] for each in rest), "", "since"))
+    return told
 
 
 def _ago(seconds: float) -> str:

@@ -57,6 +57,7 @@ class Feed:
         self._wake = threads.condition()
         self._closing = False
         self._thread = threads.spawn("resilience-feed", self._run)
+        threads.at_exit(self.close)  # a script that never closes its trainer: the terminal's row is given back
 
     def take(self, event: Event) -> None:
         """Any thread; never blocks."""
@@ -66,7 +67,7 @@ class Feed:
             self._queue.append(event)
 
     def close(self) -> None:
-        """Write what is left and end the thread, within a bound."""
+        """Write what is left and end the thread, within a bound. May be called twice."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()

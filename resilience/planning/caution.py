@@ -17,6 +17,7 @@ __all__ = ["Caution", "Standing", "cautions"]
 Kind = Literal["not_protected", "replica_missing", "interval_too_long"]
 
 _OLD_INTERVALS: Final = 2
+_TRIVIAL_LOSS_S = 10.0  # work that takes no longer to be done again is nobody's worry
 _TOLERATED_LOSS: Final = 0.01  # of goodput, for an interval that is not the best
 
 
@@ -62,7 +63,7 @@ def _not_protected(standing: Standing) -> Caution | None:
         return None
     safe = standing.protected if standing.replicated else standing.complete
     at_risk = standing.iteration - max(safe or 0, standing.begun)
-    if at_risk <= _OLD_INTERVALS * standing.interval:
+    if at_risk <= _OLD_INTERVALS * standing.interval or 0 < at_risk * standing.step_s < _TRIVIAL_LOSS_S:
         return None
     kind = "save that outlives the loss of a node" if standing.replicated else "complete save"
     newest = f"the newest {kind} is of iteration {safe}" if safe is not None else f"there is no {kind}"

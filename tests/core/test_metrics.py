@@ -10,7 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.core.training import Act, World, die, reference
+from tests.core.test_failing_saves import fill_up, free_up, on_a_mount_that_fills_up
+from tests.core.training import Act, Training, World, die, reference
 from tests.ranks import killed, values
 
 
@@ -115,3 +116,29 @@ def test_tensorboard_reads_what_the_events_say_and_a_restart_draws_on(world: Wor
     for each in snapshots:
         assert curve[each["iteration"]] == pytest.approx(each["stall_s"])
     assert read.Scalars("resilience/job/last_complete_iteration")[-1].value == 12
+
+
+def where_every_second_counts(training: Training) -> None:
+    import resilience.planning.caution
+
+    on_a_mount_that_fills_up(training)
+    resilience.planning.caution._TRIVIAL_LOSS_S = 0.0
+
+
+def test_a_job_whose_saves_fail_is_said_to_be_unprotected_until_one_succeeds(world: World) -> None:
+    given = world.disk / "textfiles" / "resilience.prom"
+    plan = world.plan(
+        "a", "b", steps=24, settle=tuple(range(5, 24, 3)), make=where_every_second_counts,
+        acts=(Act(4, fill_up, 1), Act(16, free_up, 1)), resiliency={"metrics": str(given)},
+    )  # fmt: skip
+    values(world.run(plan))
+    (begun,) = world.events("caution")
+    (over,) = world.events("caution_over")
+    assert (begun["kind"], over["kind"], begun["rank"], over["rank"]) == ("not_protected", "not_protected", 0, 0)
+    assert 3 + 2 * 3 < begun["iteration"] <= 12, "once more than two intervals would be lost"
+    assert "is of iteration 3;" in begun["what"]
+    assert 18 < over["iteration"] <= 21, "a save after the mount has room again"
+    for rank in range(2):
+        seen = samples(given.parent / f"resilience-rank{rank}.prom")
+        assert seen["resilience_protected", ""] == 1
+        assert seen["resilience_saves_total", "failed"] == 4, "6, 9, 12 and 15"
