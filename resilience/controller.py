@@ -407,14 +407,15 @@ class ResiliencyController:
         log = EventLog(directory, node, rank, self.clock, threads=self._threads)
         attach_outlets(
             log, None if config.metrics is None else metrics_target(config.metrics), node=node, rank=rank,
-            clock=self.clock, threads=self._threads, env=self._env, terminal=sys.stderr,
+            clock=self.clock, threads=self._threads, env=self._env,
+            terminal=sys.stderr if self._threads is SYSTEM_THREADS else None,  # a simulated rank has no terminal
         )  # fmt: skip
         return log
 
     def _make_lookout(self, start: Start) -> Lookout:
         on_nodes = self.checkpoint.non_persistent_ckpt_type in ("local", "in_memory")
         return Lookout(
-            self.tell, begun=self.iteration, replicated=on_nodes and start.topology.factor > 1,
+            self.tell, begun=self.iteration, replicated=on_nodes and start.topology.replicates,
             mtbf_hours=self.resiliency.mtbf_hours,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ class Lookout:
     """Of one start. Used by the training thread; local."""
 
     def __init__(self, tell: Callable[..., None], *, begun: int, replicated: bool, mtbf_hours: float | None) -> None:
-        """`begun`: the iteration resumed from. `replicated`: whether saves on nodes are to have replicas."""
+        """`begun`: the iteration resumed from. `replicated`: whether saves on nodes are to have replicas, or parity."""
         self._tell = tell
         self._begun = begun
         self._replicated = replicated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
 from resilience.config.metrics import MetricsTarget
 from resilience.observe.events import EventLog
@@ -24,14 +24,16 @@ def attach_outlets(
     clock: Clock,
     threads: Threads,
     env: Mapping[str, str],
-    terminal: TextIO,
+    terminal: TextIO | None,
 ) -> None:
     """Attach what is wanted; without any of it no thread is started. `terminal`: where a progress line would go."""
     outlets: list[Outlet] = []
     if metrics is not None:
         outlets += _METRICS[metrics.kind](metrics, node, rank, clock)
-    if wants_progress_line(env, terminal, rank):
-        outlets.append(_progress_line(terminal))
+    if terminal is not None and wants_progress_line(env, terminal, rank):
+        from resilience.observe.progress_line import ProgressLine
+
+        outlets.append(ProgressLine(terminal))
     if outlets:
         log.attach(Feed(outlets, log.emit, threads))
 
@@ -60,11 +62,5 @@ def wants_progress_line(env: Mapping[str, str], terminal: TextIO, rank: int) -> 
         return False
     try:
         return terminal.isatty()
-    except (ValueError, AttributeError):  # closed, or none at all
+    except ValueError:  # closed
         return False
-
-
-def _progress_line(terminal: Any) -> Outlet:
-    from resilience.observe.progress_line import ProgressLine
-
-    return ProgressLine(terminal)

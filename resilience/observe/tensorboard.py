@@ -54,7 +54,7 @@ class TensorBoard:
         }
         for tag, value in gauges.items():
             if value is not None:
-                self._writer.add_scalar(f"resilience/{tag}", value, figures.iteration)
+                self._writer.add_scalar(tag, value, figures.iteration)
         self._writer.flush()
 
     def close(self) -> None:
@@ -65,4 +65,4 @@ class TensorBoard:
         for field, tag in _OF_EVENTS.get(str(event["event"]), ()):
             value = event.get(field)
             if value is not None:
-                self._writer.add_scalar(f"resilience/{tag}", value, event["iteration"], walltime=float(event["t"]))
+                self._writer.add_scalar(tag, value, event["iteration"], walltime=float(event["t"]))

@@ -34,9 +34,9 @@ class Caution:
 class Standing:
     """Where a job stands. Iterations of saves are None where there is no such save; `begun` is where this start began.
 
-    `replicated`: whether saves on nodes have replicas. `interval`: steps between saves (None: there are none).
-    `complete`, `protected`: newest save that counts, and newest that outlives the loss of a node. `lacking`: the newest
-    complete save is settled, and replicas are missing. Seconds are 0 where nothing was measured.
+    `replicated`: whether saves on nodes have replicas or parity elsewhere. `interval`: steps between saves (None: there
+    are none). `complete`, `protected`: newest save that counts, and newest that outlives the loss of a node. `lacking`:
+    the newest complete save is settled, and replicas are missing. Seconds are 0 where nothing was measured.
     """
 
     iteration: int
@@ -79,7 +79,8 @@ def _replica_missing(standing: Standing) -> Caution | None:
         return None
     return Caution(
         "replica_missing",
-        f"replicas are missing: the save of iteration {standing.complete} is on its own nodes only, at least in part.",
+        f"replicas or parity are missing: the save of iteration {standing.complete} is on its own nodes only, at least "
+        "in part.",
         "The links are rebuilt by themselves; if it stays so, a node is out of room or cannot be reached.",
     )
 

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.core.test_failing_saves import fill_up, free_up, on_a_mount_that_fills_up
+from tests.core.test_replication import break_the_link
 from tests.core.training import Act, Training, World, die, reference
 from tests.ranks import killed, values
 
@@ -108,14 +109,14 @@ def test_tensorboard_reads_what_the_events_say_and_a_restart_draws_on(world: Wor
     read = EventAccumulator(str(where / "resilience"))
     read.Reload()
     (resume,) = world.events("resume", rank=0)
-    (drawn,) = read.Scalars("resilience/restore/seconds")
+    (drawn,) = read.Scalars("restore/seconds")
     assert (drawn.step, drawn.value) == (resume["iteration"], pytest.approx(resume["seconds"]))
     snapshots = events_of_rank(world, "snapshot", 0, resume["attempt"])
     assert len(snapshots) >= 2
-    curve = {each.step: each.value for each in read.Scalars("resilience/save/stall_seconds")}
+    curve = {each.step: each.value for each in read.Scalars("save/stall_seconds")}
     for each in snapshots:
         assert curve[each["iteration"]] == pytest.approx(each["stall_s"])
-    assert read.Scalars("resilience/job/last_complete_iteration")[-1].value == 12
+    assert read.Scalars("job/last_complete_iteration")[-1].value == 12
 
 
 def where_every_second_counts(training: Training) -> None:
@@ -142,3 +143,25 @@ def test_a_job_whose_saves_fail_is_said_to_be_unprotected_until_one_succeeds(wor
         seen = samples(given.parent / f"resilience-rank{rank}.prom")
         assert seen["resilience_protected", ""] == 1
         assert seen["resilience_saves_total", "failed"] == 4, "6, 9, 12 and 15"
+
+
+def test_a_save_that_lacks_replicas_is_said_so_until_the_next_one_has_them(world: World) -> None:
+    plan = world.plan("a", "b", steps=18, settle=(4, 6, 7, 8, 9, 12), acts=(Act(4, break_the_link, 0),))
+    values(world.run(plan))
+    (begun,) = world.events("caution")
+    (over,) = world.events("caution_over")
+    assert begun["kind"] == over["kind"] == "replica_missing"
+    assert "of iteration 6 is on its own nodes only" in begun["what"]
+    replicated = [event["iteration"] for event in world.events("replicated")]
+    assert 6 not in replicated
+    assert 6 <= begun["iteration"] < over["iteration"]
+    assert min(each for each in replicated if each > 6) < over["iteration"] + 3
+
+
+def test_parity_protects_as_replicas_do(world: World) -> None:
+    plan = world.plan(
+        "a", "b", "c", settle=(4, 7, 10), checkpoint={"replication_factor": 3}, resiliency={"redundancy": "xor"}
+    )
+    values(world.run(plan))
+    assert [event["iteration"] for event in world.events("replicated")] == [3, 6, 9, 12]
+    assert not world.events("caution")
