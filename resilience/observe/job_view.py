@@ -23,6 +23,7 @@ _RATE_OVER_S: Final = 60.0
 _SILENT_AFTER_S: Final = 60.0
 _FAILURES_TO_COUNT: Final = 2  # from so many on, their rate is more than chance
 _PROGRESS: Final = frozenset({"step", "snapshot", "finished", "stopped"})
+_ABOUT_AN_ITERATION: Final = frozenset({"resume", "step", "snapshot", "complete", "replicated"})
 _SEGMENTS: Final = 100_000  # told steps that a restart could still undo
 
 
@@ -82,7 +83,7 @@ class JobView:
     def take(self, event: Event) -> None:
         """One more event. Of an attempt that is over: nothing."""
         attempt, rank, kind, t = self.attempt, int(event["rank"]), str(event["event"]), float(event["t"])
-        if event.get("attempt") != attempt.name:
+        if event.get("attempt") != attempt.name or (kind in _ABOUT_AN_ITERATION and event.get("iteration") is None):
             return
         self.last = max(self.last, t)
         node = attempt.nodes.setdefault(str(event["node"]), NodeView())

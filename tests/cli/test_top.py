@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -18,13 +19,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 from resilience import CheckpointConfig, ResiliencyConfig, ResilientTrainer
-from resilience.observe.events import EventLog, read_events
+from resilience.cli_top import picture
+from resilience.observe.events import EventLog, decode_line, encode_line, read_events
 from resilience.observe.job_view import Follower
 from resilience.observe.timeline import run_of
 from resilience.runtime.clock import SystemClock
 from tests.cli.stores import RUN, ask, ask_json
+from tests.observe.test_event_schema import PROMISED
 
 BOUND_S = 60.0
 
@@ -233,6 +239,39 @@ def test_failures_that_were_seen_tell_that_saves_are_too_far_apart() -> None:
     (caution,) = follower.view.cautions()
     assert caution.kind == "interval_too_long"
     assert "a save every 60 iterations is too rare" in caution.what
+
+
+EVENTS = st.fixed_dictionaries(
+    {
+        "t": st.integers(0, 1000),
+        "node": st.sampled_from("ab"),
+        "rank": st.integers(0, 2),
+        "pid": st.just(1),
+        "attempt": st.sampled_from(["g0001-aaaaaaaa", "g0002-bbbbbbbb"]),
+        "event": st.sampled_from([*PROMISED]),
+    },
+    optional={
+        "iteration": st.none() | st.integers(-5, 100),
+        "generation": st.none() | st.integers(0, 3),
+        "run_id": st.none() | st.sampled_from("rs"),
+        "tier": st.none() | st.just("local"),
+        "stall_s": st.none() | st.floats(0, 10),
+        "kind": st.none() | st.integers() | st.lists(st.integers(), max_size=2) | st.just("not_protected"),
+        "seconds": st.none() | st.floats(0, 10),
+    },
+)
+
+
+@given(st.lists(EVENTS, max_size=30))
+def test_whatever_lines_of_the_schema_say_top_has_an_answer(events: list[dict[str, Any]]) -> None:
+    follower = Follower()
+    for event in events:
+        assert decode_line(encode_line(event)) is not None, "a reader would take it"
+        follower.take(event)
+    if follower.view is not None:
+        document = follower.view.as_json(1000.0)
+        json.dumps(document)
+        Console(file=io.StringIO()).print(picture({"reason": "", "held": [], **document}))
 
 
 def test_events_of_another_run_or_of_a_dead_attempt_change_nothing() -> None:

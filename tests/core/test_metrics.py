@@ -68,6 +68,10 @@ def test_prometheus_reads_of_each_rank_what_its_events_say_also_after_a_restart(
         )
         assert seen["resilience_commit_seconds_count", "local"] == len(told("committed"))
         assert seen["resilience_copied_bytes_total", ""] == sum(each["bytes"] for each in told("snapshot"))
+        sent = sum(each["sent_bytes"] for each in told("protected"))
+        assert sent > 0
+        assert seen["resilience_sent_bytes_total", ""] == sent
+        assert seen["resilience_spared_bytes_total", ""] == sum(each["spared_bytes"] for each in told("protected"))
         assert seen["resilience_resumes_total", resume["tier"]] == 1
         assert seen["resilience_restore_seconds", ""] == pytest.approx(resume["seconds"])
         assert seen["resilience_protected", ""] == 1

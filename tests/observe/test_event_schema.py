@@ -17,7 +17,7 @@ PROMISED = {
     "memory": {"what"},
     "snapshot": {"iteration", "kind", "tiers", "stall_s", "bytes"},
     "committed": {"iteration", "tier", "seconds"},
-    "protected": {"iteration", "tier", "seconds"},
+    "protected": {"iteration", "tier", "seconds", "sent_bytes", "spared_bytes"},
     "complete": {"iteration", "generation", "tier"},
     "replicated": {"iteration", "generation", "tier"},
     "save_failed": {"iteration", "tier", "error"},
