@@ -137,18 +137,19 @@ def _follow(scope: _Scope, document: dict[str, Any]) -> dict[str, Any]:
 
     from resilience.cli_tables import console_for
 
-    with (
-        _keys() as key,
-        Live(picture(document), console=console_for(sys.stdout), screen=True, auto_refresh=False) as live,
-        contextlib.suppress(KeyboardInterrupt),
-    ):
-        live.refresh()
-        while key() not in ("q", "Q", "\x03"):
-            try:
-                document = scope.look()
-            except CommandError as error:  # a job that ends frees its directories: what was seen last stays
-                document = {**document, "reason": str(error)}
+    live = Live(console=console_for(sys.stdout), screen=True, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), _keys() as key:  # Ctrl-C at any moment, the first and the last too
+        try:
+            live.start()
             live.update(picture(document), refresh=True)
+            while key() not in ("q", "Q", "\x03"):
+                try:
+                    document = scope.look()
+                except CommandError as error:  # a job that ends frees its directories: what was seen last stays
+                    document = {**document, "reason": str(error)}
+                live.update(picture(document), refresh=True)
+        finally:
+            live.stop()
     return document
 
 
