@@ -115,7 +115,6 @@ def _not_yet() -> str:
     """The sentences of the refusals themselves: every value that a configuration accepts and a start refuses."""
     resiliencies: list[dict[str, Any]] = [
         {"snapshot_mode": "overlapped"},
-        {"metrics": "tensorboard:DIR"},
     ]
     refusals: list[ConfigError] = []
     for given in resiliencies:

@@ -46,6 +46,7 @@ COMMANDS = tuple(
         ("convert", "resilience.cli_convert", "write a persistent checkpoint again in another format"),
         ("outcome", "resilience.cli_outcome", "tell how a run ended, for job scripts"),
         ("request", "resilience.cli_request", "ask a running job on this node to save or to stop"),
+        ("top", "resilience.cli_top", "follow a running job: progress, what is safe, what a person should worry about"),
         ("doctor", "resilience.cli_doctor", "check a configuration and this machine before training"),
         ("advise", "resilience.cli_advise", "propose an interval, a kind of save and a redundancy, and say why"),
         ("simulate", "resilience.cli_simulate", "tell what failures would cost a run, by simulation and by theory"),

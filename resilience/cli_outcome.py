@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     run_id = sources.only_run()
     inventories = sources.readable(run_id)
     attempts = read_history(inventories, run_id).attempts
-    held = _live_directory(sources, run_id)
+    held = live_directory(sources, run_id)
     if not attempts and not held:
         raise CommandError(
             f"No attempt of {'run ' + repr(run_id) if run_id else 'any run'} is in sight.",
@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             status=2,
         )
     newest = attempts[-1] if attempts else None
-    outcome, reason = _judge(newest, held, sees_nodes=any(node.run_id == run_id for node in sources.nodes))
+    outcome, reason = judge(newest, held, sees_nodes=any(node.run_id == run_id for node in sources.nodes))
     return _STATUS[outcome], {
         "outcome": outcome,
-        "iteration": _iteration(newest),
+        "iteration": iteration_of(newest),
         "run_id": run_id,
         "attempt": newest.attempt if newest else None,
         "generation": newest.generation if newest else None,
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     }
 
 
-def _live_directory(sources: Sources, run_id: str) -> str:
+def live_directory(sources: Sources, run_id: str) -> str:
     """A node directory of the run that a live process holds; "" if there is none in sight."""
     for node in sources.nodes:
         if node.run_id == run_id and DirectoryLock(node.path, ALL_RANKS).holder() is not None:
@@ -60,7 +60,7 @@ def _live_directory(sources: Sources, run_id: str) -> str:
     return ""
 
 
-def _judge(newest: AttemptLog | None, held: str, *, sees_nodes: bool) -> tuple[str, str]:
+def judge(newest: AttemptLog | None, held: str, *, sees_nodes: bool) -> tuple[str, str]:
     if held:
         return "running", f"a live process holds {held}"
     assert newest is not None, "without a log and a live lock there is no answer"
@@ -72,7 +72,7 @@ def _judge(newest: AttemptLog | None, held: str, *, sees_nodes: bool) -> tuple[s
     return "failed", f"attempt {name} noted no end (from shared storage alone a job that still runs looks the same)"
 
 
-def _iteration(newest: AttemptLog | None) -> int:
+def iteration_of(newest: AttemptLog | None) -> int:
     """Where the run stands: at the noted end, else at the newest save that it is known to have completed."""
     if newest is not None and newest.end_iteration is not None:
         return newest.end_iteration

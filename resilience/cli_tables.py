@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console_for", "say", "show_plainly", "size", "table"]
+__all__ = ["console_for", "rows", "say", "show_plainly", "size", "table"]
 
 _PIPE_WIDTH = 10_000
 
@@ -24,16 +24,21 @@ def console_for(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, width=_PIPE_WIDTH, no_color=True)
 
 
-def table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: str = "") -> None:
+def table(console: Console, columns: Sequence[str], values: Iterable[Sequence[object]], *, right: str = "") -> None:
     """Print rows under a heading; `right` names the columns of numbers."""
-    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    console.print(rows(columns, values, right=right))
+
+
+def rows(columns: Sequence[str], values: Iterable[Sequence[object]], *, right: str = "") -> Table:
+    """Rows under a heading, to be printed; without any heading if all names are empty."""
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), show_header=any(columns))
     numbers = right.split()
     for column in columns:
         shown.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    for row in rows:
+    for row in values:
         # Text, not markup: names and reasons may hold brackets
         shown.add_row(*(Text(_text(value)) for value in row))
-    console.print(shown)
+    return shown
 
 
 def say(console: Console, line: str, style: str = "") -> None:

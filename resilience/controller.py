@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from typing import Any
 from resilience.announce import announce_start
 from resilience.assembly import Start, assemble
 from resilience.config import CheckpointConfig, ResiliencyConfig, override_from_env, validate_together, without_effect
+from resilience.config.metrics import metrics_target
 from resilience.errors import ConfigError, PeerLostError, SaveStuckError, StoppedExit
 from resilience.job import make_communicator, node_identity
 from resilience.job_facts import job_facts
 from resilience.ledger import Ledger
+from resilience.lookout import Lookout
 from resilience.observe.events import EventLog
+from resilience.observe.outlets import attach_outlets
 from resilience.planning.format_fit import check_format
 from resilience.planning.inventory import AttemptLog, SaveId
 from resilience.planning.schedule import Due
@@ -75,11 +79,7 @@ class ResiliencyController:
         validate_together(self.checkpoint, self.resiliency, world_size=self._communicator.world_size)
         if self.checkpoint.save is not None or self.checkpoint.non_persistent_ckpt_type == "global":
             check_format(self.checkpoint.ckpt_format, job_facts(state), async_save=self.checkpoint.async_save)
-        events = self.resiliency.events
-        self.events = EventLog(
-            None if events is None else Path(events), node_identity(self.resiliency, env),
-            self._communicator.rank, self.clock, threads=threads,
-        )  # fmt: skip
+        self.events = self._open_events()
         for override in overrides:
             self.tell("warning", what=str(override), advice="")
         for what, advice in without_effect(self.checkpoint):
@@ -95,6 +95,8 @@ class ResiliencyController:
         self._sliding = False
         self._skipped_saves = 0
         self._stepped_at: float | None = None
+        self._step_told_at = self.clock.now()
+        self.tells_every_step = False  # in a drill
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ class ResiliencyController:
         self._saving.estimate_memory()
         self._ledger = Ledger(
             self._saving, Conversation(start.communicator.control("control", start.job.nodes)), book, self.checkpoint,
-            self.resiliency, self.clock, self.tell, self._requests,
+            self.resiliency, self.clock, self.tell, self._requests, self._make_lookout(start),
         )  # fmt: skip
         self._ledger.iteration = self.iteration
         announce_start(
@@ -157,6 +159,7 @@ class ResiliencyController:
         if self._stepped_at is not None:
             ledger.step_s = self.clock.now() - self._stepped_at
         self.iteration = ledger.iteration = iteration
+        self._tell_step(iteration)
         self.state.train_state.step = iteration
         if not ledger.parted:
             ledger.collect()
@@ -387,6 +390,34 @@ class ResiliencyController:
             peer = {"peer": error.rank, "peer_node": self._start.job.nodes[error.rank]}
             said = f"{said} Rank {error.rank} runs on node {peer['peer_node']}."
         self.tell("exception", error=said, **peer)
+
+    def _tell_step(self, iteration: int) -> None:
+        """In a drill every step of every rank; else about once a second, written by rank 0, for whoever follows."""
+        now = self.clock.now()
+        if not self.tells_every_step and now - self._step_told_at < 1.0:
+            return
+        self._step_told_at = now
+        emit = self.events.emit if self.tells_every_step or self.rank == 0 else self.events.feed
+        emit("step", iteration=iteration)
+
+    def _open_events(self) -> EventLog:
+        config, rank = self.resiliency, self._communicator.rank
+        node = node_identity(config, self._env)
+        directory = None if config.events is None else Path(config.events)
+        log = EventLog(directory, node, rank, self.clock, threads=self._threads)
+        attach_outlets(
+            log, None if config.metrics is None else metrics_target(config.metrics), node=node, rank=rank,
+            clock=self.clock, threads=self._threads, env=self._env,
+            terminal=sys.stderr if self._threads is SYSTEM_THREADS else None,  # a simulated rank has no terminal
+        )  # fmt: skip
+        return log
+
+    def _make_lookout(self, start: Start) -> Lookout:
+        on_nodes = self.checkpoint.non_persistent_ckpt_type in ("local", "in_memory")
+        return Lookout(
+            self.tell, begun=self.iteration, replicated=on_nodes and start.topology.replicates,
+            mtbf_hours=self.resiliency.mtbf_hours,
+        )  # fmt: skip
 
     def _running(self) -> tuple[Saving, Ledger]:
         if self._saving is None or self._ledger is None:

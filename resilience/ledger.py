@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from resilience.config import CheckpointConfig, ResiliencyConfig
 from resilience.errors import EvictedError, SaveFailedError
+from resilience.lookout import Lookout
 from resilience.planning.book import Book, Change, unsettled
 from resilience.planning.cadence import best_interval
 from resilience.planning.control import ControlAgreement, ControlReport
@@ -40,6 +41,7 @@ class Ledger:
         clock: Clock,
         tell: Callable[..., None],
         requests: set[str],
+        lookout: Lookout,
     ) -> None:
         """`requests`: what this rank asks for and has not yet spoken of; others add to it, from any thread."""
         self._saving = saving
@@ -49,6 +51,7 @@ class Ledger:
         self._clock = clock
         self._tell = tell
         self._requests = requests
+        self._lookout = lookout
         self._interval = checkpoint.non_persistent_save_interval
         self.book = book
         self.iteration = 0  # finished on this rank
@@ -98,6 +101,7 @@ class Ledger:
             self._note(change)
         self.delete(self.book.deletions(self._resiliency.keep_last))
         self._adapt(agreed)
+        self._look_out(agreed)
         return agreed
 
     def settle(self) -> str:
@@ -176,6 +180,7 @@ class Ledger:
                 raise SaveFailedError(f"the save of iteration {iteration} failed: {error or 'on another rank'}")
             return
         saving.certify(change)
+        self._lookout.note(change, tier)
         if change.what == "persistent" and tier == "persistent":
             self.persistent_at = {iteration}
         if change.what in ("complete", "persistent"):
@@ -192,3 +197,10 @@ class Ledger:
             save_s=agreed.stall_us / 1e6, step_s=agreed.step_us / 1e6, mtbf_s=mtbf_hours * 3600,
             longest_steps=_LONGEST_CADENCE * wished,
         )  # fmt: skip
+
+    def _look_out(self, agreed: ControlAgreement) -> None:
+        """Is the job protected, are saves too far apart? From what all ranks agreed on, so that all find the same."""
+        intervals = [every for every in (self._interval, self._checkpoint.save_interval) if every is not None]
+        self._lookout.look(
+            agreed.iteration, min(intervals, default=None), step_s=agreed.step_us / 1e6, save_s=agreed.stall_us / 1e6
+        )

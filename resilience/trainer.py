@@ -67,7 +67,6 @@ class ResilientTrainer:
         self._controller = ResiliencyController(self._state, checkpoint, resiliency)
         self._asked: list[str] = []
         self._finished = False
-        self._step_told_at = 0.0
         self._watchdog: Watchdog | None = None
         try:
             self._controller.restore()
@@ -75,6 +74,7 @@ class ResilientTrainer:
             self.close(failed=True)
             raise
         self._rehearsal = Rehearsal.from_environment(os.environ, self._controller.rank)
+        self._controller.tells_every_step = self._rehearsal is not None
         self._watchdog = self._make_watchdog()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -94,7 +94,6 @@ class ResilientTrainer:
             raise RuntimeError("this trainer's loop is complete; make a new trainer to train on")
         watchdog = self._watching()
         self._stepped = False
-        self._step_told_at = self._controller.clock.now()
         watchdog.beat()
         try:
             while self.iteration < train_iters:
@@ -130,20 +129,11 @@ class ResilientTrainer:
         watchdog.beat()
         while self._asked:  # a signal handler may ask at any moment
             self._controller.request(self._asked.pop(0))
-        self._tell_step(iteration)
         watchdog.pause()  # what follows has bounds of its own
         self._controller.after_step(iteration, last=iteration >= train_iters)
         watchdog.beat()
         if self._rehearsal is not None:
             self._rehearsal.act(iteration, settle=self._controller.wait_idle, tell=self._controller.tell)
-
-    def _tell_step(self, iteration: int) -> None:
-        """In a drill every step of every rank; else rank 0's, about once a second, for whoever follows the events."""
-        now = self._controller.clock.now()
-        if self._rehearsal is None and (self._controller.rank != 0 or now - self._step_told_at < 1.0):
-            return
-        self._controller.tell("step", iteration=iteration)
-        self._step_told_at = now
 
     def _finish(self) -> None:
         self._finished = True

@@ -47,7 +47,6 @@ def test_an_interval_without_a_directory_would_save_nothing_and_is_refused_at_th
     ("checkpoint", "resiliency", "field"),
     [
         ({}, {"snapshot_mode": "overlapped"}, "resiliency.snapshot_mode"),
-        ({}, {"metrics": "metrics.prom"}, "resiliency.metrics"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_at_the_start(
@@ -78,7 +77,7 @@ def test_replicas_are_composed_only_where_there_are_whole_ones() -> None:
 
 def test_several_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)2 settings cannot be used.*metrics.*redundancy"):
-        validate_together(CheckpointConfig(), ResiliencyConfig(redundancy="rs", metrics="metrics.prom"))
+        validate_together(CheckpointConfig(), ResiliencyConfig(redundancy="rs", metrics="metrics.txt"))
 
 
 ON_NODES: dict[str, Any] = {

@@ -144,7 +144,12 @@ class ResiliencyConfig:
 
     # what is told
     events: str | None = setting(None, "Directory for events, one JSON Lines file per node.", path=True)
-    metrics: str | None = setting(None, "A Prometheus text file, or `tensorboard:DIR`.", path=True)
+    metrics: str | None = setting(
+        None,
+        "A Prometheus text file, `DIR/NAME.prom`: every rank writes `DIR/NAME-rankR.prom`; or `tensorboard:DIR`, for "
+        "rank 0.",
+        path=True,
+    )
     secret_env: str | None = setting(
         None,
         "Name of an environment variable with a secret, the same on all ranks: what peers send and what lies on nodes "

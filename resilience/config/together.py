@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from resilience.config.checkpoint import CheckpointConfig
+from resilience.config.metrics import metrics_target
 from resilience.config.resiliency import ResiliencyConfig
 from resilience.errors import ConfigError
 
@@ -48,6 +49,11 @@ def validate_together(
                 advice="Set pretrained_checkpoint, or leave save_frozen at True.",
             )
         )
+    if resiliency.metrics is not None:
+        try:
+            metrics_target(resiliency.metrics)
+        except ConfigError as error:
+            problems.append(error)
     problems += _redundancy_problems(checkpoint, resiliency)
     problems += _composing_problems(checkpoint, resiliency)
     if checkpoint.replication and resiliency.redundancy == "replica" and domains is not None:
@@ -91,13 +97,6 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
             "auto",
             "failures are not counted over restarts, so the failure rate must be given",
             "Set mtbf_hours.",
-        )
-    if resiliency.metrics is not None:
-        refuse(
-            "resiliency.metrics",
-            resiliency.metrics,
-            "no metrics are exported",
-            "Leave metrics out and set events: the same figures are in the event files.",
         )
     return found
 

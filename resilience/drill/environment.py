@@ -74,6 +74,7 @@ def drill_settings(plan: Plan, node: VirtualNode) -> dict[str, object]:
         "RESILIENCE_RESILIENCY__FAILURE_DOMAIN": None,
         "RESILIENCE_RESILIENCY__MEMORY_DIR": node.memory,
         "RESILIENCE_RESILIENCY__EVENTS": plan.events_dir,
+        "RESILIENCE_RESILIENCY__METRICS": None,  # a rehearsal's figures do not belong into the cluster's monitoring
         "RESILIENCE_RESILIENCY__TERM_GRACE_S": 5,
         # What the nodes hold at the end can be looked at: `resilience ls --local <workdir>/nodes/node0/disk`.
         "RESILIENCE_RESILIENCY__KEEP_AFTER_SUCCESS": True,
@@ -97,6 +98,7 @@ def reference_settings(plan: Plan, events: Path) -> dict[str, object]:
         "RESILIENCE_CHECKPOINT__NON_PERSISTENT_SAVE_INTERVAL": None,
         "RESILIENCE_CHECKPOINT__REPLICATION": False,
         "RESILIENCE_RESILIENCY__EVENTS": events,
+        "RESILIENCE_RESILIENCY__METRICS": None,
         "RESILIENCE_RESILIENCY__HANG_TIMEOUT_S": None,
     }
 

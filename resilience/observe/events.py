@@ -12,10 +12,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from resilience.observe.pen import Pen
 from resilience.observe.phrases import ANYONE_MAY_SAY, phrase
@@ -59,6 +59,21 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _BEYOND_ANY_NUMBER = 1 << 63
 _REQUIRED = ("t", "node", "rank", "pid", "event")
 
+#: What all ranks know alike: rank 0 writes it for all, to every rank's sinks it goes all the same.
+FOR_ALL = frozenset({"replicated", "caution", "caution_over"})
+
+
+class Sink(Protocol):
+    """Where events go besides the file: metrics, the progress line."""
+
+    def take(self, event: Mapping[str, Any], /) -> None:
+        """One event. Called by whichever thread emits it, training's too: must return at once, and never raise."""
+        ...
+
+    def close(self) -> None:
+        """Nothing comes after; within a bound."""
+        ...
+
 
 class EventLog:
     """Appends this rank's events to `<directory>/<node_id>.jsonl`; without a directory only speaks.
@@ -84,22 +99,20 @@ class EventLog:
         self._clock = clock
         self._say = say if say is not None else _say_on_stderr
         self._pen: Pen | None = None
+        self._sinks: list[Sink] = []
         if directory is not None:
             self._pen = Pen(directory / f"{node_id.replace('/', '_')}.jsonl", self._failed, threads)
 
+    def attach(self, sink: Sink) -> None:
+        """Give `sink` every event from now on; it is closed with the log."""
+        self._sinks.append(sink)
+
     def emit(self, event: str, /, **fields: Any) -> None:
         """Write one event. `fields` hold plain values; what JSON lacks is written as its text."""
-        entry: dict[str, Any] = {
-            "v": SCHEMA_VERSION,
-            "t": round(self._clock.wall(), 6),
-            "node": self._node_id,
-            "rank": self._rank,
-            "pid": os.getpid(),
-            "attempt": self.attempt,
-            "event": event,
-            **fields,
-        }
-        if self._pen is not None:
+        entry = self._entry(event, fields)
+        for sink in self._sinks:
+            sink.take(entry)
+        if self._pen is not None and (self._rank == 0 or event not in FOR_ALL):
             try:
                 self._pen.write(encode_line(entry))
             except ValueError as error:
@@ -109,7 +122,29 @@ class EventLog:
             if sentence:
                 self._say(sentence if self._rank == 0 else f"rank {self._rank}: {sentence}")
 
+    def feed(self, event: str, /, **fields: Any) -> None:
+        """For the sinks only: what is too frequent to be written down by every rank."""
+        if self._sinks:
+            entry = self._entry(event, fields)
+            for sink in self._sinks:
+                sink.take(entry)
+
+    def _entry(self, event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "v": SCHEMA_VERSION,
+            "t": round(self._clock.wall(), 6),
+            "node": self._node_id,
+            "rank": self._rank,
+            "pid": os.getpid(),
+            "attempt": self.attempt,
+            "event": event,
+            **fields,
+        }
+
     def close(self) -> None:
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            sink.close()
         pen, self._pen = self._pen, None
         if pen is not None:
             pen.close()

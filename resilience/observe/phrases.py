@@ -8,7 +8,7 @@ from typing import Any
 Event = dict[str, Any]
 
 #: Rank 0 speaks for all; of these every rank has something of its own to say.
-ANYONE_MAY_SAY = frozenset({"save_failed", "hang", "exception", "unequal_items", "replication_down"})
+ANYONE_MAY_SAY = frozenset({"save_failed", "hang", "exception", "unequal_items", "replication_down", "metrics_failed"})
 
 TIER_WORDS = {
     "in_memory": "node memory",
@@ -84,6 +84,8 @@ _PHRASES: dict[str, Callable[[Event], str]] = {
     "replication_down": lambda e: f"replication is down ({e.get('error')}); it will be rebuilt",
     "unequal_items": lambda e: f"items differ between data-parallel ranks, kept per rank: {e.get('keys')}",
     "warning": lambda e: f"warning: {e.get('what')} {e.get('advice') or ''}".rstrip(),
+    "caution": lambda e: f"caution: {e.get('what')} {e.get('advice') or ''}".rstrip(),
+    "metrics_failed": lambda e: f"{e.get('outlet')} cannot be written ({e.get('error')}); training goes on without it",
     "stop_requested": lambda e: f"stop requested by {e.get('by')}",
     "stopped": lambda e: (
         f"stopped on request at iteration {e.get('iteration')}, "

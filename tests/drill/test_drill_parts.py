@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 
+from resilience.config import ResiliencyConfig
 from resilience.drill import workdir
 from resilience.drill.agents import MARK, Agents
 from resilience.drill.damage import choose, committed_copies, cut_in_half, flip_bytes
@@ -134,6 +136,16 @@ def test_processes_get_settings_that_the_configuration_reads_back(tmp_path: Path
     assert variables["HOME"] == "/root"
     checkpoint, _ = load_config(env=environment(user, plan, "x", None, reference_settings(plan, tmp_path)))
     assert (checkpoint.save, checkpoint.non_persistent_ckpt_type, checkpoint.replication) == (None, None, False)
+
+
+def test_a_drill_does_not_write_into_the_cluster_s_metrics(tmp_path: Path) -> None:
+    from resilience.config import load_config
+
+    plan = replace(plan_with("kill:rank=0@5", root=tmp_path), resiliency=ResiliencyConfig(metrics="/textfiles/r.prom"))
+    node = VirtualNodes(tmp_path, shared_memory=tmp_path).node(1)
+    for settings in (drill_settings(plan, node), reference_settings(plan, tmp_path)):
+        _, resiliency = load_config(env=environment({}, plan, node.node_id, node.memory, settings))
+        assert resiliency.metrics is None
 
 
 def test_the_loss_is_read_from_what_a_script_prints_each_iteration_once(tmp_path: Path) -> None:
