@@ -107,7 +107,11 @@ def trainer_with(watchdog: Any) -> tuple[ResilientTrainer, list[str]]:
     trainer._has_loader = False
     trainer._rehearsal = None
     trainer._controller = SimpleNamespace(  # type: ignore[assignment]
-        tell=lambda *_, **__: None, close=lambda **_: None, iteration=0, clock=SystemClock()
+        tell=lambda *_, **__: None,
+        tell_exception=lambda _: None,
+        close=lambda **_: None,
+        iteration=0,
+        clock=SystemClock(),
     )
     return trainer, told
 
@@ -199,7 +203,7 @@ def test_a_rank_that_cannot_lay_out_its_chunks_says_so_in_the_agreement(monkeypa
     job = DrainJob(SaveId(3, 1, "a" * 32), None, b"", {}, (target,), lambda *_: Extras())
     with pytest.raises(SaveFailedError, match="IndexError: no such view"):
         SharedSaver(None, group, FS).run(job)  # type: ignore[arg-type]
-    assert group.maxima == [[1]]
+    assert group.maxima == [[1, 0]]
 
 
 # -- the restore ------------------------------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ def test_one_nodes_trouble_to_read_proved_bytes_strikes_no_copy_off(kind: str) -
     save = SaveId(3, 1, FIRST)
     shared = SimpleNamespace(obtain=lambda *_: ([], unreadable))
     rank = restorer(shared)
-    rank._obtain = lambda *_: ([], unreadable)  # type: ignore[method-assign,assignment]
+    rank._steps = lambda *_: [lambda: ([], unreadable)]  # type: ignore[method-assign,assignment]
     chosen = SimpleNamespace(kind=kind, save=save, source="save", tier="persistent")
     plan: Any = SimpleNamespace(
         decision=SimpleNamespace(chosen=chosen),
@@ -286,13 +290,13 @@ def test_one_nodes_trouble_to_read_proved_bytes_strikes_no_copy_off(kind: str) -
 def test_a_checkpoint_without_this_ranks_state_is_damage_or_told_of(tmp_path: Path, ours: bool) -> None:
     told: list[str] = []
     record = object() if ours else None
-    reader: Any = SimpleNamespace(record=record, folder=tmp_path, rank_state=lambda _: None, index={})
+    reader: Any = SimpleNamespace(record=record, folder=tmp_path, rank_state=lambda _: None, index={}, common={})
     chosen: Any = SimpleNamespace(weights_only=False, tier="persistent", save=SaveId(3, 1, FIRST))
     stager = Stager(
         reader, chosen, CheckpointConfig(), lambda: None, 0, Peers(), FS,
         lambda _, **fields: told.append(fields.get("what", "")),
     )  # fmt: skip
-    state: Any = SimpleNamespace(models=(), loader=SimpleNamespace(stateful=False))
+    state: Any = SimpleNamespace(models=(), optimizers=(), schedulers=(), loader=SimpleNamespace(stateful=False))
     if ours:
         with pytest.raises(CorruptCopyError, match="no state of rank 0"):
             stager._without_rank_state(state, ("model", "optimizer"))

@@ -54,7 +54,7 @@ def test_what_a_ranks_own_objects_raise_at_a_load_ends_the_start_of_all(where: s
             return [], stage
 
         chosen = SimpleNamespace(kind="shared", source="save", tier="persistent", save=None)
-        plan: Any = SimpleNamespace(decision=SimpleNamespace(chosen=chosen))
+        plan: Any = SimpleNamespace(decision=SimpleNamespace(chosen=chosen), retrieval=None, assembly=None)
         nothing: Any = None
         restorer = Restorer(
             nothing, group, "", "", (), None, SimpleNamespace(obtain=obtain), nothing, nothing, nothing,  # type: ignore[arg-type]

@@ -43,6 +43,8 @@ def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
             yield start, min(start + 4096, nbytes)
 
     monkeypatch.setattr(clique, "segments", segments)
+    cut = clique.pieces_of_ranges
+    monkeypatch.setattr(clique, "pieces_of_ranges", lambda ranges, piece: cut(ranges, min(piece, 4096)))
 
 
 def arena_of(path: Path, rank: int) -> Arena:
