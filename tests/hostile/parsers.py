@@ -521,7 +521,7 @@ def _wire() -> list[Parser]:
             "segments that a rank wants",
             _json_bytes(b"[[0,[0,1,2]],[1,[]]]"),
             lambda content: _unpacked_segments(content, {0: [b""] * 5, 1: [b""]}),
-        ),  # fmt: skip
+        ),
         Parser(
             "words of a tree of groups", bytes_like([packed]), lambda content: _unpack(_join([content, packed])[1:])
         ),
