@@ -57,7 +57,8 @@ class _RedundancyBench:
         topology = SCHEMES[scheme].place(nodes, jump=None, factor=factor, domains=None, restart=True)
         clique = topology.clique_of(place.rank)
         links = self._communicator.links(f"{name}/{clique[0]}", clique)
-        return REDUNDANCIES[scheme](links, place.rank, topology, Pace(None, time.monotonic, time.sleep), self._keeper)
+        pace = Pace(None, time.monotonic, time.sleep)
+        return REDUNDANCIES[scheme](links, place.rank, topology, pace, self._keeper, None)
 
     def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
         found: dict[str, Callable[..., dict[str, Any]]] = {
