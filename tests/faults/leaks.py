@@ -25,17 +25,22 @@ class Held:
     def __init__(self, roots: Iterable[str]) -> None:
         self._roots = tuple(roots)
         self._descriptors = _descriptors()
+        self._threads = set(threading.enumerate())  # another test of this process may not have ended its own
 
     def leaks(self) -> list[str]:
-        """What is held now and was not before; mappings and threads of this package in any case."""
+        """What is held now and was not before; mappings below the roots in any case."""
         deadline = time.monotonic() + _ENDING_S
-        while _threads() and time.monotonic() < deadline:
+        while self._new_threads() and time.monotonic() < deadline:
             time.sleep(0.005)
         gc.collect()
         new = {fd: what for fd, what in _descriptors().items() if self._descriptors.get(fd) != what}
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if self._ours(line)]
         found = [f"descriptor {fd}: {what}" for fd, what in new.items()]
-        return found + [f"mapping {line}" for line in mapped] + [f"thread {name}" for name in _threads()]
+        return found + [f"mapping {line}" for line in mapped] + [f"thread {name}" for name in self._new_threads()]
+
+    def _new_threads(self) -> list[str]:
+        there = [each for each in threading.enumerate() if each not in self._threads]
+        return sorted(each.name for each in there if each.name.startswith("resilience"))
 
     def _ours(self, line: str) -> bool:
         return any(root in line for root in self._roots)
@@ -70,7 +75,3 @@ def _descriptors() -> dict[int, str]:
         except OSError:
             continue  # that of the listing itself
     return found
-
-
-def _threads() -> list[str]:
-    return sorted(each.name for each in threading.enumerate() if each.name.startswith("resilience"))
