@@ -82,13 +82,22 @@ def judge(
     grown_up = [life for life in lives.values() if len(life) >= 3]
     found = []
     for what, of, slack in _OF_PROCESSES:
-        ends = [median(map(of, life[len(life) // 2 :])) for life in grown_up]
-        found.append(_compare(f"{what} of a process, over attempts", ends, _SHARE, slack))
+        ends = [(life[0].rank, median(map(of, life[len(life) // 2 :]))) for life in grown_up]
+        found.append(_compare(f"{what} of a process, over attempts", _as_of_one_rank(ends), _SHARE, slack))
         found.append(_within(f"{what} within a process's life", grown_up, of, slack))
     settled = [each for each in directories if each.iteration >= settled_at]
     found.append(_compare("bytes kept by the job", [each.bytes for each in settled], _SHARE_KEPT, 2 << 20))
     found.append(_compare("files kept by the job", [each.files for each in settled], _SHARE_KEPT, 8))
     return tuple(found)
+
+
+def _as_of_one_rank(ends: Sequence[tuple[int, float]]) -> list[float]:
+    """The series without what ranks differ by: the first has more sockets than the others, in every attempt."""
+    if not ends:
+        return []
+    usual = median(value for _, value in ends)
+    of_rank = {rank: median(value for other, value in ends if other == rank) for rank, _ in ends}
+    return [value - of_rank[rank] + usual for rank, value in ends]
 
 
 def _within(

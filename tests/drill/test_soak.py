@@ -115,6 +115,17 @@ def test_descriptors_that_are_not_given_back_are_growth() -> None:
     assert verdicts(processes)["descriptors of a process, over attempts"] is False
 
 
+def test_ranks_that_differ_from_each_other_are_no_growth_in_whatever_order_they_are_seen() -> None:
+    first = [sample for pid in range(6) for sample in life(pid, 30.0 * pid, 200 * MB, descriptors=48)]
+    other = [replace(sample, pid=sample.pid + 100, rank=7, descriptors=67) for sample in first]
+    swapped = [*(s for s in first if s.pid < 3), *other, *(s for s in first if s.pid >= 3)]
+    assert verdicts(first + other)["descriptors of a process, over attempts"] is True
+    assert verdicts(swapped)["descriptors of a process, over attempts"] is True
+    grown = [replace(sample, descriptors=sample.descriptors + 6 * (sample.pid % 100)) for sample in first + other]
+    ordered = sorted(grown, key=lambda sample: sample.t)
+    assert verdicts(ordered)["descriptors of a process, over attempts"] is False
+
+
 def test_files_that_pile_up_are_growth() -> None:
     directories = [DirectorySample(t, t, 100 * MB, 40 + t) for t in range(60)]
     found = verdicts([], directories)
