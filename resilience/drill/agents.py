@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import re
 import secrets
 import signal
@@ -23,6 +24,7 @@ from resilience.errors import CommandError
 
 MARK = "RESILIENCE_DRILL_MARK"
 _POLL_S = 0.02
+_PORTS = range(20_000, 32_000)  # Linux gives out 32768 to 60999 to whoever asks for any
 _WORKER_FAILED = re.compile(r"elastic/multiprocessing/api\.py:\d+\] failed \(exitcode")
 
 
@@ -145,9 +147,15 @@ def last_words(log: Path, lines: int) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port for torchrun's store, which binds it seconds later: below those that the kernel gives out meanwhile."""
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"none of 100 ports of {_PORTS.start} to {_PORTS.stop - 1} is free on this host")
 
 
 def _carries(pid: int, wanted: bytes, *, whole: bool) -> bool:
