@@ -286,7 +286,7 @@ class Truth:
             if not files:
                 self._scheduler.fail(LOST_SAVE, f"{_said(save.key)} is said to be in {root}, and {folder} is not there")
             if files:
-                save.shared[folder] = files
+                save.shared.setdefault(folder, files)  # as the first rank found it: then a bit may flip
 
     def _promised(self, save: Save, here: set[str]) -> str:
         """Why a start on these nodes must find this save, or a newer one; "" if nothing promises it."""
