@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 import torch
 
-from resilience.errors import SaveFailedError, StoreError, UnsafePathError
+from resilience.errors import CorruptCopyError, SaveFailedError, StoreError, UnsafePathError
 from resilience.job import Job
 from resilience.planning.decision import Strike
 from resilience.planning.inventory import SaveId
