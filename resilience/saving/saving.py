@@ -100,8 +100,9 @@ class Saving:
             self._reservation = Reservation(start.keeper, lanes.reserve, tell)
             lanes.give_up = self._reservation.stop
         self._budget = Budget(
-            start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena
-        )
+            start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena,
+            again=log.generation > 1,
+        )  # fmt: skip
         self._kept_here: Mapping[Kept, int] = {}  # what this rank keeps of a save for others: bytes of each file
         form = checkpoint_format(checkpoint.ckpt_format)
         form = form.keeping_plans() if checkpoint.ckpt_assume_constant_structure else form
