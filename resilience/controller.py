@@ -274,7 +274,7 @@ class ResiliencyController:
             and start.job.rank == 0
             and not self.resiliency.keep_after_success
         ):
-            what = f"the last saves of run {start.run_id} stay on the nodes: no persistent save holds them"
+            what = f"the last saves of run {start.run_id} stay on the nodes: no persistent save holds them."
             self.tell("warning", what=what, advice=f"`resilience prune --forget {start.run_id}` frees them.")
 
     def _lacks_last_save(self, ledger: Ledger) -> bool:

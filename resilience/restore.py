@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from resilience.errors import CorruptCopyError, DivergedRanksError, LayoutMismat
 from resilience.job import Job
 from resilience.planning.decision import Candidate, ElectionPolicy, Strike
 from resilience.planning.inventory import Inventory, SaveId, Tier
+from resilience.planning.kept import without_copies
 from resilience.planning.restore_plan import Plan, needed_owners, plan_restore
 from resilience.planning.retrieval import RetrievalPlan
 from resilience.planning.topology import Topology
@@ -62,11 +63,15 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Tried:
-    """How a rank's try to obtain or to plan went: what failed, what kept it from trying, that it does not fit."""
+    """How a rank's try to obtain or to plan went: what failed, what kept it from trying, that it does not fit.
+
+    `loose`: owners whose shards lie in its buffers alone, since the node's directory refused them, and where.
+    """
 
     failed: tuple[Strike, ...] = ()
     problem: str = ""
     unfit: bool = False
+    loose: tuple[tuple[int, str], ...] = ()
 
 
 _Word = TypeVar("_Word", _Loaded, _Tried)
@@ -88,6 +93,7 @@ class Restorer:
     clock: Clock
     tell: Callable[..., None]
     assembler: AssemblyLoader | None = None  # of saves of another world size on nodes; where there are node stores
+    _loose: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict, init=False)  # by rank, of all ranks
 
     def run(self, state: TrainingState) -> tuple[Plan, Resume | None]:
         """Elect, retrieve and load. Returns the plan and, unless this is a fresh start, what was resumed from."""
@@ -102,6 +108,7 @@ class Restorer:
             failed, resume = self._try(plan, state, round_number, strikes)
             if resume is not None:
                 seconds = self.clock.now() - began
+                plan = replace(plan, standing=without_copies(plan.standing, self.topology, self._loose))
                 return plan, replace(resume, seconds=seconds, passed_over=plan.decision.passed_over)
             strikes |= failed
         raise DivergedRanksError(f"no save could be loaded in {_MAX_ROUNDS} rounds")
@@ -194,13 +201,15 @@ class Restorer:
             raise ValueError("nothing was chosen")
         load: Callable[[TrainingState], Callable[[], Resume]] | None = None
         problem: Exception | None = None
+        self._loose = {}
         for step in self._steps(plan, state, round_number):
             failed: Sequence[Strike] = ()
             try:
                 failed, load = step()
             except Exception as error:  # noqa: BLE001  (no room for what it fetches, or anything else: the others wait)
                 problem = error
-            struck = self._agree_strikes(failed, problem)
+            loose = () if self.gatherer is None else self.gatherer.loose(chosen.save)
+            struck = self._agree_strikes(failed, problem, loose=loose)
             if struck:
                 return struck, None
         if load is None:
@@ -209,6 +218,7 @@ class Restorer:
         copy: Callable[[], Resume] | None = None
         bad: list[Strike] = []
         try:
+            self._borrow(chosen.save)
             copy = load(state)
         except (CorruptCopyError, OSError) as error:  # no bad copy is the end: the next candidate
             if chosen.kind == "node" and not isinstance(error, CorruptCopyError):
@@ -229,6 +239,12 @@ class Restorer:
             # only now: until the election is over, the record of a bad primary still says what its owner's digest was
             self.gatherer.drop_bad_copies(struck_before)
         return set(), resume
+
+    def _borrow(self, save: SaveId) -> None:
+        """What other ranks of this node hold in buffers alone, since the node's directory did not take it."""
+        if self.gatherer is not None:
+            for rank in self.job.node_ranks:
+                self.gatherer.borrow(save, self._loose.get(rank, ()))
 
     def _assembler(self) -> AssemblyLoader:
         if self.assembler is None:
@@ -326,13 +342,15 @@ class Restorer:
         failed: Sequence[Strike],
         problem: Exception | None,
         unfit: Exception | None = None,
+        loose: tuple[tuple[int, str], ...] = (),
     ) -> set[Strike]:
         """The copies that failed on any rank. What kept a rank from trying (`problem`) is raised on all.
 
         So is that one rank cannot take the save in (`unfit`), whatever else went wrong elsewhere.
         """
-        mine = _Tried(tuple(failed), "" if problem is None else _in_words(problem), unfit is not None)
+        mine = _Tried(tuple(failed), "" if problem is None else _in_words(problem), unfit is not None, loose)
         everyone = self._told(_Tried, mine)
+        self._loose |= {rank: told.loose for rank, told in enumerate(everyone) if told.loose}
         if unfit is not None:
             raise unfit
         if any(told.unfit for told in everyone):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from resilience.planning.copies import CopyTable, copy_table, holdings_of
 from resilience.planning.decision import Decision, Strike
@@ -12,7 +12,7 @@ from resilience.planning.inventory import Inventory, SaveId
 from resilience.planning.retrieval import Fetch
 from resilience.planning.topology import Topology
 
-__all__ = ["Standing", "standing_of"]
+__all__ = ["Standing", "standing_of", "without_copies"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class Standing:
     def is_sent(self, rank: int, clique: Sequence[int]) -> bool:
         """Whether they need the shard of `rank` for it: parity is made of all of them."""
         return any(owner == rank for owner, _ in self.lacking) or any(each in clique for each in self.lacking_parity)
+
+
+def without_copies(
+    standing: Standing, topology: Topology, refused: Mapping[int, Sequence[tuple[int, str]]]
+) -> Standing:
+    """`standing` where ranks do not hold what was to arrive: `refused` has the owners by rank, and where they lie."""
+    gone = {(owner, rank) for rank, told in refused.items() for owner, _ in told if rank in topology.holders[owner]}
+    return replace(standing, lacking=tuple(sorted({*standing.lacking, *gone})))
 
 
 def standing_of(

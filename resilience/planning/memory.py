@@ -109,18 +109,25 @@ def optimizer_bytes(kind: str, trained_bytes: int, *, momentum: bool = False, am
     return trained_bytes if momentum or name in ("rmsprop", "adagrad") else 0
 
 
-def check(budget: MemoryBudget, available: Mapping[str, int | None]) -> None:
-    """Raise MemoryBudgetError, with the sum, where a place has fewer bytes free than needed (None: not known)."""
-    short = [
-        f"{_size(need)} of {_PLACE_WORDS[place]} needed, {_size(free)} free"
+def check(budget: MemoryBudget, available: Mapping[str, int | None], *, again: bool = False) -> str:
+    """Raise MemoryBudgetError, with the sum, where a place has fewer bytes free than needed (None: not known).
+
+    `again`: the run has trained before. Then a disk that is too small, because something else has filled it, keeps a
+    node from holding copies, and the job not from training: that is returned in words. Memory is refused all the same,
+    before the kernel ends the process for it.
+    """
+    short = {
+        place: f"{_size(need)} of {_PLACE_WORDS[place]} needed, {_size(free)} free"
         for place, need in budget.needs
         if (free := available.get(place)) is not None and need > free
-    ]
-    if short:
-        raise MemoryBudgetError(
-            f"The node cannot hold its checkpoints: {'; '.join(short)}. The sum: {budget}.",
-            advice="Lower keep_last or replication_factor, use a disk for local saves, or give the node more room.",
-        )
+    }
+    if not short:
+        return ""
+    said = f"The node cannot hold its checkpoints: {'; '.join(short.values())}. The sum: {budget}."
+    if again and set(short) == {"disk"}:
+        return said
+    advice = "Lower keep_last or replication_factor, use a disk for local saves, or give the node more room."
+    raise MemoryBudgetError(said, advice=advice)
 
 
 def _words(places: Sequence[Place]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from resilience.errors import CorruptCopyError, ResilienceError
+from resilience.errors import CorruptCopyError, ResilienceError, StoreError, UnsafePathError
 from resilience.job import Job
 from resilience.planning.decision import Strike
 from resilience.planning.inventory import Kept, Role, SaveId, Tier
@@ -29,7 +29,7 @@ from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import CopyLocation, NodeStore, locate_copy
 from resilience.stores.parity_file import check_parity_header, read_parity_header
 from resilience.stores.records import ShardRecord
-from resilience.stores.shard_file import read_header
+from resilience.stores.shard_file import ShardHeader, read_header
 
 __all__ = ["ShardGatherer"]
 
@@ -57,6 +57,7 @@ class ShardGatherer:
         self._opened: dict[Path, OpenShard] = {}
         self._verified: dict[tuple[SaveId, int], OpenShard] = {}
         self._landed: dict[tuple[SaveId, int], OpenShard] = {}  # fetched, in mappings that the keeper owns
+        self._loose: dict[tuple[SaveId, int], Arena] = {}  # of those, what this node's directory did not take
         self._parity: dict[Path, MappedFile] = {}  # that rebuilds read, proved
         self._borrowed: list[tuple[SaveId, int]] = []  # fetched for the load only
         self.retrieved_bytes = 0
@@ -214,6 +215,19 @@ class ShardGatherer:
             self._take(save, got, split)
         return []
 
+    def loose(self, save: SaveId) -> tuple[tuple[int, str], ...]:
+        """Owners whose shards this rank holds in buffers alone, with the buffers' paths: no copies, but they load."""
+        return tuple((owner, str(arena.mapped.path)) for (of, owner), arena in self._loose.items() if of == save)
+
+    def borrow(self, save: SaveId, loose: Iterable[tuple[int, str]]) -> None:
+        """Map what other ranks of this node hold in buffers alone, and proved. CorruptCopyError, StoreError."""
+        for owner, path in loose:
+            if (save, owner) in self._landed:
+                continue
+            mapped = self._keeper.store.fs.open_mapping(Path(path))
+            self._opened[Path(path)] = shard = OpenShard(self._header_of(save, owner, mapped), mapped)
+            self._landed[save, owner] = shard
+
     def drop_bad_copies(self, strikes: Iterable[Strike]) -> None:
         """Remove what was struck off in this node's own directory, if it is bad and not merely out of reach.
 
@@ -273,6 +287,9 @@ class ShardGatherer:
         self._parity.clear()
         self._verified.clear()
         self._landed.clear()
+        for (_, owner), arena in self._loose.items():
+            self._keeper.discard(owner, arena, reusable=True)
+        self._loose.clear()
         for save, owner in self._borrowed:
             self._keeper.give_up(save, owner)
         self._borrowed.clear()
@@ -322,16 +339,39 @@ class ShardGatherer:
         self.roles.append("fetched")
 
     def _accept(self, save: SaveId, owner: int, arena: Arena, digest: str, split: bool) -> None:
-        """Commit bytes that have the owner's digest."""
-        header = read_header(arena.mapped.view, f"the shard of rank {owner}")
-        if (header.save, header.owner, header.world_size) != (save, owner, self._job.world_size):
-            raise CorruptCopyError("its header speaks of another save.")
+        """Commit bytes that have the owner's digest; where this node's directory refuses, they are there to be loaded.
+
+        A full disk keeps a node from holding copies, and not from training: what it lacks is told.
+        """
+        header = self._header_of(save, owner, arena.mapped)
         role: Role = "primary" if owner == self._job.rank else "replica"
-        self._keeper.commit(save, owner, arena, digest, role=role, split=split)
+        try:
+            self._keeper.commit(save, owner, arena, digest, role=role, split=split)
+        except UnsafePathError:
+            raise
+        except StoreError as error:
+            self._hold(save, owner, arena, header)
+            self._tell("warning", what=f"rank {owner}'s shard is loaded and not kept on {self._job.node_id}: {error}",
+                       advice="Saves fail there until it is mended.")  # fmt: skip
+            return
         if self._keeper.file_is_arena:  # its pages are mapped already; on a disk the buffer is free for others now
             self._landed[save, owner] = OpenShard(header, arena.mapped)
         if role == "replica" and owner not in self._sources:
             self._borrowed.append((save, owner))
+
+    def _hold(self, save: SaveId, owner: int, arena: Arena, header: ShardHeader) -> None:
+        """For the load alone; `close` gives the buffer back."""
+        before = self._loose.pop((save, owner), None)  # of an earlier round of this election
+        if before is not None:
+            self._keeper.discard(owner, before, reusable=True)
+        self._loose[save, owner] = arena
+        self._landed[save, owner] = OpenShard(header, arena.mapped)
+
+    def _header_of(self, save: SaveId, owner: int, mapped: MappedFile) -> ShardHeader:
+        header = read_header(mapped.view, f"the shard of rank {owner}")
+        if (header.save, header.owner, header.world_size) != (save, owner, self._job.world_size):
+            raise CorruptCopyError("its header speaks of another save.")
+        return header
 
     def _rebuilt(self, save: SaveId, owner: int) -> OpenShard:
         landed = self._landed.get((save, owner))

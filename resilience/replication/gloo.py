@@ -57,6 +57,7 @@ class TorchCommunicator:
         # one for the groups that the training thread opens, one for links, whose lane may wait long for its peers.
         self._store = store.clone()
         self._links_store: Any = None
+        self._lingering: list[GlooLinks] = []  # closed or not; those without a thread are forgotten at the next opening
         self._liveness = Liveness(store, self.rank, timeout_s)
 
     def authenticate(self, session: Session) -> None:
@@ -84,9 +85,16 @@ class TorchCommunicator:
         members = tuple(ranks)
         self._links_store = self._links_store or self._store.clone()
         group = self._group(self._links_store, name, members, wanted)
-        return self._session.links(GlooLinks(group, members, self.rank, self._liveness), name, self.rank)
+        links = GlooLinks(group, members, self.rank, self._liveness)
+        self._lingering = [each for each in self._lingering if each.lingers]
+        self._lingering.append(links)
+        return self._session.links(links, name, self.rank)
 
     def close(self) -> None:
+        """Local. Peers that have not closed their ends of closed links yet are waited for a little."""
+        deadline = time.monotonic() + _CLOSE_S
+        for links in self._lingering:
+            links.join(deadline - time.monotonic())
         self._liveness.close()
 
     def _flat(self, name: str, members: tuple[int, ...]) -> Agreements:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from resilience.assembly import Start
+from resilience.errors import StoreError, UnsafePathError
 from resilience.planning.book import Change
 from resilience.planning.inventory import AttemptLog, SaveId, Tier
 from resilience.saving.lanes import CLOSE_BOUND_S, Lanes
@@ -31,6 +32,7 @@ class Afterwards:
         self._tell = tell
         self._dropped: tuple[SaveId, ...] | None = None  # what was kept when earlier attempts' leftovers went
         self._log_waits = False
+        self.noted = False  # this start, in some place that this rank writes to
 
     @property
     def tier(self) -> Tier:
@@ -117,10 +119,20 @@ class Afterwards:
         except OSError as error:
             self._tell("warning", what=f"the attempt log could not be written: {error}", advice="")
 
-    def write_log(self) -> None:
-        """In every node's directory and in `save`."""
-        self._write_logs_here()
+    def begin_log(self) -> None:
+        """In every node's directory and in `save`. A node that cannot take it now has it before its next copy."""
+        for store in self._start.stores:
+            store.owe_log(self.log)
+        try:
+            self._write_logs_here()
+            self.noted = self._start.job.leads_node
+        except UnsafePathError:
+            raise
+        except StoreError as error:
+            self._tell("warning", what=f"{self._start.job.node_id} has no note of this start: {error}",
+                       advice="Saves fail there until it is mended.")  # fmt: skip
         self._write_shared_log()
+        self.noted |= "save" in self._start.shared.stores
 
     def _write_logs_here(self) -> None:
         if self._start.job.leads_node:

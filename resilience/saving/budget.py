@@ -16,7 +16,7 @@ from resilience.assembly import Start, agree_all
 from resilience.config import CheckpointConfig, ResiliencyConfig
 from resilience.errors import ResilienceError
 from resilience.planning.inventory import SaveId
-from resilience.planning.memory import budget, check, optimizer_bytes
+from resilience.planning.memory import MemoryBudget, budget, check, optimizer_bytes
 from resilience.planning.restore_plan import needed_owners
 from resilience.planning.schedule import shortest_interval
 from resilience.planning.typed_json import from_json
@@ -53,8 +53,10 @@ class Budget:
         *,
         split: bool,
         file_is_arena: bool,
+        again: bool,
     ) -> None:
-        """`split`: what is replicated over data-parallel ranks is stored once per group."""
+        """`split`: what is replicated over data-parallel ranks is stored once per group. `again`: as in `check`."""
+        self._again = again
         self._start = start
         self._checkpoint = checkpoint
         self._resiliency = resiliency
@@ -107,8 +109,13 @@ class Budget:
         available = available_bytes(keeper.arena_dir, keeper.store.base, self._fs)
         if job.leads_node:
             self._tell("memory", what=str(total))
-        agree_all(start.setup, lambda: check(total, available))
+        agree_all(start.setup, lambda: self._check(total, available))
         return Sizes(tuple(shards), frozenset(copies.save for copies in present))
+
+    def _check(self, total: MemoryBudget, available: Mapping[str, int | None]) -> None:
+        lacking = check(total, available, again=self._again)
+        if lacking and self._start.job.leads_node:
+            self._tell("warning", what=lacking, advice="Until there is room, saves fail on this node.")
 
 
 def _state_bytes(state: TrainingState) -> tuple[int, int]:

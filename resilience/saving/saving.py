@@ -11,7 +11,7 @@ from typing import Literal
 
 from resilience.assembly import Start, agree_all
 from resilience.config import CheckpointConfig, ResiliencyConfig
-from resilience.errors import ConfigError, PeerLostError, ResilienceError, SaveFailedError
+from resilience.errors import ConfigError, PeerLostError, ResilienceError, SaveFailedError, StoreError
 from resilience.formats.registry import checkpoint_format
 from resilience.formats.saver import SharedSaver
 from resilience.planning.book import Book, Change, Entry, drain_slot
@@ -100,8 +100,9 @@ class Saving:
             self._reservation = Reservation(start.keeper, lanes.reserve, tell)
             lanes.give_up = self._reservation.stop
         self._budget = Budget(
-            start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena
-        )
+            start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena,
+            again=log.generation > 1,
+        )  # fmt: skip
         self._kept_here: Mapping[Kept, int] = {}  # what this rank keeps of a save for others: bytes of each file
         form = checkpoint_format(checkpoint.ckpt_format)
         form = form.keeping_plans() if checkpoint.ckpt_assume_constant_structure else form
@@ -141,7 +142,9 @@ class Saving:
                 keeper.adopt(save, self._mine_of(save, keeper))
         if self._reservation is not None:
             self._reservation.enlarge()
-        agree_all(self._start.setup, self.afterwards.write_log)
+        agree_all(self._start.setup, self.afterwards.begin_log)
+        if not self._start.setup.maximum([int(self.afterwards.noted)])[0]:
+            raise StoreError("no node has room for a note of this start.", advice="Free space on the nodes.")
         if self.replicas is not None:
             self._agree_where_arenas_lie()
             self.replicas.begin(plan, self._resiliency.replication_bytes_per_s)

@@ -100,6 +100,7 @@ class NodeStore:
         self.root = base / run_id / node_id
         self.arenas = self.root / ".arenas"
         self._durable = True
+        self._owed: AttemptLog | None = None  # what has to lie here before the next copy does
 
     def prepare(self) -> None:
         """Make the directories. Local; any rank, before it takes the lock."""
@@ -280,6 +281,7 @@ class NodeStore:
         return path
 
     def _folder_for(self, record: ShardRecord) -> Path:
+        self._pay_log()
         path = self.shard_path(record.save, record.kept, record.world_size)
         self.fs.make_dir(path.parent)
         return path
@@ -313,8 +315,21 @@ class NodeStore:
 
     def write_attempt_log(self, log: AttemptLog) -> None:
         self.fs.make_dir(self.root / ATTEMPTS)
-        name = f"g{log.generation:04d}-{log.attempt[:8]}.json"
-        self.fs.write_atomic(self.root / ATTEMPTS / name, encode_attempt_log(log, self.seal), durable=self._durable)
+        self.fs.write_atomic(self._log_path(log), encode_attempt_log(log, self.seal), durable=self._durable)
+
+    def owe_log(self, log: AttemptLog) -> None:
+        """No copy is committed here before this log lies here: what has copies of an attempt knows of it."""
+        self._owed = log
+
+    def _pay_log(self) -> None:
+        if self._owed is None:
+            return
+        if self.fs.stat(self._log_path(self._owed)) is None:
+            self.write_attempt_log(self._owed)
+        self._owed = None
+
+    def _log_path(self, log: AttemptLog) -> Path:
+        return self.root / ATTEMPTS / f"g{log.generation:04d}-{log.attempt[:8]}.json"
 
     def remove_folder_if_empty(self, save: SaveId) -> None:
         """After every rank of the node gave up its copies: the certificate and the folders go."""

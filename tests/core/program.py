@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from resilience.errors import StoreError
 from resilience.replication.clique import CliqueExchange
+from resilience.replication.gathering import ShardGatherer
 from tests.core.training import Act, Plan, Training, fail, stop
 
 
@@ -41,7 +43,16 @@ def stall_here(training: Training) -> None:
     time.sleep(300)
 
 
-ACTS = {"none": None, "stop": stop, "fail": fail, "hang": stall_here}
+def refuse_what_comes(training: Training) -> None:
+    """What another node sends at a start is of no use to this one."""
+
+    def take(*_: object) -> None:
+        raise StoreError("this node takes nothing")
+
+    ShardGatherer._take = take  # type: ignore[method-assign, assignment]
+
+
+ACTS = {"none": None, "stop": stop, "fail": fail, "hang": stall_here, "refuse": None}
 
 
 def main() -> None:
@@ -53,6 +64,7 @@ def main() -> None:
     act, _, whom = what.partition("@")
     acts = () if ACTS[act] is None else (Act(5, ACTS[act], int(whom) if whom else None),)
     make = slow_exchange if len(names) > 1 else None
+    make = refuse_what_comes if what == "refuse" else make
     limits = {"hang_timeout_s": 1.0} if what == "hang" else {}
     Training(int(rank), Plan(memory, disk, names, every=2, acts=acts, make=make, paced=False, resiliency=limits)).run()
     if len(names) > 1:

@@ -106,3 +106,13 @@ def test_no_end_aborts_the_interpreter(world: World, repository: Path, act: str,
     assert {status for status, _ in found} == statuses, found
     if act == "fail@1":
         assert "the user's own loop failed" in found[1][1]
+
+
+def test_a_start_that_fails_behind_what_was_fetched_ends_with_1(world: World, repository: Path) -> None:
+    """The links that it came over are closed, and their threads wait for the other side a moment longer."""
+    ends(*(start(world, repository, rank, "a,b", "none") for rank in (0, 1)))
+    world.lose("b")
+    (world.memory / "store").unlink(missing_ok=True)
+    found = ends(*(start(world, repository, rank, "a,b", "refuse") for rank in (0, 1)))
+    assert [status for status, _ in found] == [1, 1], found
+    assert "this node takes nothing" in found[0][1]

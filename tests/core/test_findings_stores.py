@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 import torch
 
-from resilience.errors import SaveFailedError, StoreError, UnsafePathError
+from resilience.errors import CorruptCopyError, SaveFailedError, StoreError, UnsafePathError
 from resilience.job import Job
 from resilience.planning.decision import Strike
 from resilience.planning.inventory import SaveId
@@ -140,13 +140,38 @@ def arrive(gatherer: ShardGatherer, keeper: ShardKeeper, monkeypatch: pytest.Mon
     return gatherer.obtain(SAVE, RetrievalPlan((), (fetch,), ()), False, "round")
 
 
-def test_a_node_that_cannot_commit_what_it_fetched_does_not_strike_the_copy_off(
+def test_a_node_that_cannot_commit_what_it_fetched_loads_it_and_says_that_it_keeps_none(
     memory_mount: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gatherer, keeper = gatherer_on(memory_mount, Refusing(full=True), [])
-    with pytest.raises(StoreError, match="no space is left"):
-        arrive(gatherer, keeper, monkeypatch, "")
-    assert list(keeper.arena_dir.iterdir()) == [], "the memory is given back"
+    told: list[str] = []
+    gatherer, keeper = gatherer_on(memory_mount, Refusing(full=True), told)
+    assert arrive(gatherer, keeper, monkeypatch, "") == [], "no copy is to blame"
+    ((owner, path),) = gatherer.loose(SAVE)
+    assert owner == 0
+    assert Path(path).parent == keeper.arena_dir
+    assert gatherer.shards(SAVE, RetrievalPlan(), (0,))[0].header.owner == 0
+    assert any("no space is left" in what for what in told)
+    assert keeper.store.inventory().node_saves == ()
+    gatherer.close()
+    assert len(list(keeper.arena_dir.iterdir())) == 1, "a warm buffer for the next one"
+    assert keeper.warm_slot(0, Path(path).stat().st_size) is not None
+
+
+def test_what_a_full_node_holds_in_a_buffer_is_there_for_its_other_ranks(
+    memory_mount: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = Refusing(full=True)
+    holder, keeper = gatherer_on(memory_mount, fs, [])
+    arrive(holder, keeper, monkeypatch, "")
+    other, _ = gatherer_on(memory_mount, fs, [])
+    other.borrow(SAVE, holder.loose(SAVE))
+    assert (
+        other.shards(SAVE, RetrievalPlan(), (0,))[0].digest() == holder.shards(SAVE, RetrievalPlan(), (0,))[0].digest()
+    )
+    with pytest.raises(CorruptCopyError, match="another save"):
+        gatherer_on(memory_mount, fs, [])[0].borrow(SAVE, [(1, path) for _, path in holder.loose(SAVE)])
+    other.close()
+    assert len(list(keeper.arena_dir.iterdir())) == 1, "it was lent"
 
 
 def test_bytes_that_do_not_match_are_struck_off_and_their_memory_goes(

@@ -206,8 +206,8 @@ DEFECTS = (
         (
             Patch(
                 "restore.py",
-                "            struck = self._agree_strikes(failed, problem)\n",
-                "            if load is not None and not failed:\n                load(state)()\n            struck = self._agree_strikes(failed, problem)\n",
+                "            struck = self._agree_strikes(failed, problem, loose=loose)\n",
+                "            if load is not None and not failed:\n                load(state)()\n            struck = self._agree_strikes(failed, problem, loose=loose)\n",
             ),
         ),
         ("flip", "kill"),

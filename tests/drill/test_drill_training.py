@@ -103,6 +103,13 @@ def test_training_goes_on_where_a_nodes_mount_is_full(save_type: str, tmp_path: 
 
 
 @pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_restart_beside_a_full_disk_loads_what_it_cannot_keep(tmp_path: Path, repository: Path) -> None:
+    result = drill(tmp_path, repository, "full:node=0@12", "stop:node=1@18", nodes=3, spares=0, save_type="local")
+    assert result.faults[1].lost_iterations <= 10, "no save was possible since iteration 10"
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("redundancy", ["xor", "rs"])
 def test_nodes_of_one_clique_that_are_lost_are_rebuilt_from_parity(
     redundancy: str, tmp_path: Path, repository: Path

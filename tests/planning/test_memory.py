@@ -85,6 +85,16 @@ def test_a_node_that_is_too_small_is_refused_with_the_sum() -> None:
     assert "3 slots for 2 replicas 6.0 GiB" in str(error.value)
 
 
+def test_a_disk_that_was_filled_since_the_first_start_is_told_of_and_memory_still_refused() -> None:
+    on_a_disk = node(file_is_arena=False)
+    room = dict.fromkeys(("memory", "shared_memory", "disk"), 99 * GIB)
+    assert check(on_a_disk, room, again=True) == ""
+    assert "of disk needed, 0 B free" in check(on_a_disk, room | {"disk": 0}, again=True)
+    for full in ({"disk": 0}, {"shared_memory": 0}, {"disk": 0, "shared_memory": 0}):
+        with pytest.raises(MemoryBudgetError):
+            check(on_a_disk, room | full, again="disk" not in full or len(full) > 1)
+
+
 def test_what_is_not_known_is_not_compared() -> None:
     with pytest.raises(MemoryBudgetError):
         check(node(), {"memory": None, "shared_memory": 0})
