@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -111,6 +112,22 @@ def close_at_once_after_the_last_byte(rank: int) -> int:
 
 def test_a_peer_that_closes_in_peace_fails_nothing_that_is_on_its_way() -> None:
     assert values(run_ranks(2, close_at_once_after_the_last_byte)) == [30, 30]
+
+
+def close_long_before_the_peer(rank: int) -> list[str]:
+    """The threads of links that are left when all is closed."""
+    communicator = TorchCommunicator(10.0)
+    links = communicator.links("one", (0, 1))
+    dist.barrier()
+    time.sleep(0.5 * rank)
+    links.close(linger_s=0.0)
+    communicator.close()
+    return [each.name for each in threading.enumerate() if each.name.startswith("resilience-canary")]
+
+
+def test_nothing_closes_before_the_threads_of_closed_links_have_ended() -> None:
+    """One that is still in gloo when the interpreter ends is SIGABRT."""
+    assert values(run_ranks(2, close_long_before_the_peer)) == [[], []]
 
 
 BOUND_S_OF_ONE_WHO_DIES = 100.0
