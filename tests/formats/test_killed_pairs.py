@@ -21,6 +21,7 @@ PLACES = 20
 RANKS = 2
 VICTIMS = ((0, 1), (0,), (1,))  # in turn: both at once, the one that publishes, the other
 SAVE_AFTER, LAST = 6, 9
+_UNSURE = 4  # places more or fewer from run to run: lanes go their own pace
 _FAILED = {"PeerLostError", "SaveFailedError", "RuntimeError"}
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,7 +42,11 @@ class Doom:
 
 
 def note_state(training: Training) -> None:
-    training.notes.append(state_digest(training.trainer._state.collect()))
+    training.notes.append(f"state {state_digest(training.trainer._state.collect())}")
+
+
+def noted(ran: Ran) -> list[str]:
+    return [note for note in ran.notes if isinstance(note, str) and note.startswith("state ")]
 
 
 NOTES = tuple(Act(step, note_state) for step in (SAVE_AFTER // 2, SAVE_AFTER))
@@ -72,7 +77,7 @@ def expected(kind: str, memory: str) -> tuple[dict[int, tuple[str, ...]], tuple[
     world = World(Path(memory, "memory"), Path(memory, "disk"))
     plan = plan_of(world, kind)
     told: list[Ran] = values(run_ranks(RANKS, train, replace(plan, acts=NOTES)))
-    states = {step: tuple(ran.notes[i] for ran in told) for i, step in enumerate((SAVE_AFTER // 2, SAVE_AFTER))}
+    states = {step: tuple(noted(ran)[i] for ran in told) for i, step in enumerate((SAVE_AFTER // 2, SAVE_AFTER))}
     states[LAST] = tuple(ran.digest for ran in told)
     counted = World(Path(memory, "counted"), Path(memory, "counted disk"))
     return states, tuple(values(run_ranks(RANKS, doomed, plan_of(counted, kind), Doom(0, None))))
@@ -92,7 +97,7 @@ def dooms(places: tuple[int, ...], how_many: int) -> list[Doom]:
     for number in range(how_many):
         victims = VICTIMS[number % len(VICTIMS)]
         rank = victims[0]
-        last = places[rank] - 1
+        last = places[rank] - 1 - _UNSURE
         chosen.append(Doom(rank, Place(round(number * last / max(1, how_many - 1))), victims))
     return chosen
 
@@ -112,7 +117,7 @@ def check(world: World, kind: str, doom: Doom, states: dict[int, tuple[str, ...]
     again: list[Ran] = values(run_ranks(RANKS, train, replace(plan, seed=1, acts=NOTES)))
     step = again[0].resumed.iteration if again[0].resumed is not None else 0
     assert step in (SAVE_AFTER // 2, SAVE_AFTER), where
-    assert tuple(ran.notes[0] for ran in again) == states[step], f"{where}: the state of iteration {step}, to the bit"
+    assert tuple(noted(ran)[0] for ran in again) == states[step], f"{where}: the state of iteration {step}, to the bit"
     assert tuple(ran.digest for ran in again) == states[LAST], f"{where}: the run ends as the undisturbed one"
     left = [path.name for path in Path(plan.disk, "save").iterdir() if path.name.startswith((".saving", ".aside"))]
     assert left == [], where
@@ -124,7 +129,7 @@ def check(world: World, kind: str, doom: Doom, states: dict[int, tuple[str, ...]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pairs_save_is_killed_at_twenty_places_and_a_good_one_always_loads(kind: str, memory_mount: Path) -> None:
     states, places = expected(kind, str(memory_mount))
-    assert min(places) >= 4, places
+    assert min(places) > 2 * _UNSURE, places
     resumed = []
     for number, doom in enumerate(dooms(places, PLACES)):
         world = World(memory_mount / f"m{number}", memory_mount / f"d{number}")
