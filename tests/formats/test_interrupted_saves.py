@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,73 +9,13 @@ import pytest
 import torch
 
 from resilience.formats.load import load_checkpoint
-from resilience.stores.filesystem import PosixFileSystem
+from tests.formats.fate import Fate, Place
 from tests.formats.jobs import Job, equal
 from tests.ranks import killed, run_ranks, values
 
 PLACES = 20
 LOG_PLACES = (0, 3)  # of those 20, these are in the attempt log, which another lane writes beside the save
 WAIT_S = 130  # for a process; a second or two on an idle machine
-_CHANGING = ("make_dir", "write_atomic", "rename", "unlink", "remove_tree", "fsync_dir")
-
-
-@dataclass(frozen=True)
-class Place:
-    """The `number`th passing by of the disk in the save itself, or of the attempt log (whose lane has its own pace)."""
-
-    number: int
-    of_log: bool = False
-
-
-@dataclass
-class Fate:
-    """Counts what a process does to a directory once it is armed, and kills it at a given place."""
-
-    root: str
-    kill_at: Place | None
-    armed: bool = False
-    count: int = 0
-    log_count: int = 0
-
-    def pass_by(self, path: Path) -> None:
-        if not self.armed or not str(path).startswith(self.root):
-            return
-        of_log = "attempts" in path.relative_to(self.root).parts
-        if self.kill_at == Place(self.log_count if of_log else self.count, of_log):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if of_log:
-            self.log_count += 1
-        else:
-            self.count += 1
-
-    def watch(self) -> None:
-        """From now on the disk passes by here before and after each change, and between two pieces of a file."""
-        for name in _CHANGING:
-            self._wrap(name)
-        write_file = PosixFileSystem.write_file
-
-        def writing(fs: PosixFileSystem, path: Path, chunks: Iterator[memoryview]) -> None:
-            def passing() -> Iterator[memoryview]:
-                for chunk in chunks:
-                    self.pass_by(path)
-                    yield chunk
-                self.pass_by(path)
-
-            write_file(fs, path, passing())
-            self.pass_by(path)
-
-        PosixFileSystem.write_file = writing  # type: ignore[method-assign]
-
-    def _wrap(self, name: str) -> None:
-        change = getattr(PosixFileSystem, name)
-
-        def changing(fs: PosixFileSystem, path: Path, *arguments: Any, **options: Any) -> Any:
-            self.pass_by(path)
-            done = change(fs, path, *arguments, **options)
-            self.pass_by(path)
-            return done
-
-        setattr(PosixFileSystem, name, changing)
 
 
 class Doomed(Job):
