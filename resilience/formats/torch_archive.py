@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from resilience.errors import CorruptCopyError
+from resilience.formats.archive_frame import framed
 
-__all__ = ["aligned", "archive_of", "as_own_storage", "read_archive", "saved_bytes", "tensor_in"]
+__all__ = ["aligned", "archive_of", "archive_of_one", "as_own_storage", "read_archive", "saved_bytes", "tensor_in"]
 
 _STORAGES = "/data/"  # in the name of each entry that holds a tensor's bytes
 _BYTE_ORDER = "/byteorder"
@@ -52,6 +53,11 @@ def archive_of(stored: Any, tensors: Iterable[torch.Tensor]) -> list[memoryview]
     sink = _Pieces(tensors)
     torch.save(stored, sink)  # type: ignore[arg-type]
     return sink.pieces
+
+
+def archive_of_one(tensor: torch.Tensor) -> list[memoryview]:
+    """The same of one tensor from `as_own_storage`, quicker."""
+    return (framed(tensor) if tensor.numel() else None) or archive_of(tensor, [tensor])
 
 
 def saved_bytes(stored: Any) -> bytes:
