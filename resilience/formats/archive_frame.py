@@ -2,7 +2,8 @@
 
 Of a tensor's archive only its bytes and their CRC-32 are its own. torch makes the rest anew for each (0.2 ms), and its
 CRC-32 at 2.4 GB/s; zlib has 3.8, and `fastcrc` (the extra `speed`) 12. The archive is laid out by torch itself, told to
-skip the bytes (`torch.serialization.skip_data`): whatever this version of it writes is what is written.
+skip the bytes (`torch.serialization.skip_data`): whatever this version of it writes is what is written. The other way
+round, an archive that a frame fits need not be taken apart to be read.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["framed"]
+__all__ = ["framed", "lying_in", "remember"]
 
 _KEPT: Final = 1024  # frames, of some 1.5 kB each
 _ENTRY, _DESCRIPTOR = b"PK\x01\x02", b"PK\x07\x08"
 _STORAGE = b"/data/0"
 _ENTRY_HEAD: Final = struct.Struct("<4s6H3I5H2I")
 _CRC_IN_ENTRY, _CRC_IN_DESCRIPTOR = 16, 4
+_END_BYTES: Final = 22  # where the directory lies, and how long it is
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,37 @@ def framed(tensor: torch.Tensor) -> list[memoryview] | None:
     return [memoryview(frame.head), content, memoryview(tail)]
 
 
+def lying_in(content: memoryview, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor | None:
+    """The tensor in an archive that a frame fits, as a view of `content`; None if none does, or none was made as yet.
+
+    All that says where its bytes lie is compared, so that this is what torch would load.
+    """
+    frame = _FRAMES.known(dtype, shape)
+    if frame is None:
+        return None
+    start, stop = len(frame.head), len(content) - len(frame.tail)
+    if stop - start != shape.numel() * dtype.itemsize or bytes(content[:start]) != frame.head:
+        return None
+    if bytes(content[stop : stop + 4]) != _DESCRIPTOR or bytes(content[-_END_BYTES:]) != frame.tail[-_END_BYTES:]:
+        return None
+    return torch.frombuffer(content[start:stop], dtype=torch.uint8).view(dtype).view(shape)
+
+
+def remember(tensor: torch.Tensor) -> None:
+    """Have a frame for archives of such tensors: contiguous, alone in their storage, not empty."""
+    _FRAMES.of(tensor)
+
+
 class _Frames:
     """Those that were needed last. Several threads may ask."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._made: OrderedDict[tuple[torch.dtype, torch.Size], _Frame | None] = OrderedDict()
+
+    def known(self, dtype: torch.dtype, shape: torch.Size) -> _Frame | None:
+        with self._guard:
+            return self._made.get((dtype, shape))
 
     def of(self, tensor: torch.Tensor) -> _Frame | None:
         kind = (tensor.dtype, tensor.shape)

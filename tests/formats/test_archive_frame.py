@@ -20,7 +20,8 @@ from resilience.formats.torch_archive import archive_of, archive_of_one, as_own_
 
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
-    torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.complex128,
+    torch.int32, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
+    torch.complex64, torch.complex128,
 )  # fmt: skip
 SHAPES = ((), (1,), (3, 5), (2, 1, 4), (70_001,), (256, 129))
 
@@ -56,7 +57,7 @@ def test_it_has_what_torch_save_would_have_written(dtype: torch.dtype, shape: tu
     loaded = torch.load(io.BytesIO(ours), weights_only=True)
     assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
     assert loaded.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
-    lying, in_place = tensor_in(memoryview(bytearray(ours)), "it")
+    lying, in_place = tensor_in(memoryview(bytearray(ours)), "it", (dtype, tensor.shape))
     assert in_place
     assert lying.dtype == dtype
 
@@ -140,3 +141,37 @@ def test_without_the_extra_zlib_computes_the_same(monkeypatch: pytest.MonkeyPatc
 def test_an_empty_tensor_is_written_as_ever() -> None:
     tensor = as_own_storage(torch.empty((0, 3)))
     assert torch.load(io.BytesIO(joined(archive_of_one(tensor))), weights_only=True).shape == (0, 3)
+
+
+def test_an_archive_that_a_frame_fits_is_read_without_being_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = some(torch.bfloat16, (31, 7))
+    expected = (tensor.dtype, tensor.shape)
+    content = bytearray(joined(archive_of(tensor, [tensor])))
+    monkeypatch.setattr(archive_frame, "_FRAMES", archive_frame._Frames())
+    assert archive_frame.lying_in(memoryview(content), *expected) is None, "none was made as yet"
+    first, _ = tensor_in(memoryview(content), "it", expected)
+    monkeypatch.setattr(torch, "load", None)
+    again, in_place = tensor_in(memoryview(content), "it", expected)
+    assert in_place
+    assert again.view(torch.uint8).equal(first.view(torch.uint8))
+    assert archive_frame.lying_in(memoryview(content), torch.float16, tensor.shape) is None
+    assert archive_frame.lying_in(memoryview(content), torch.bfloat16, torch.Size([7, 31])) is None
+
+
+def test_one_that_differs_in_what_says_where_its_bytes_lie_is_taken_apart_as_ever() -> None:
+    """Every byte but the tensor's own is flipped in turn: what is read is what torch would load, or it is refused."""
+    tensor = some(torch.int32, (5,))
+    expected = (tensor.dtype, tensor.shape)
+    whole = joined(framed(tensor))
+    start = whole.index(bytes(tensor.view(torch.uint8).tolist()))
+    fitting = 0
+    for at in (*range(start), *range(start + tensor.nbytes, len(whole))):
+        content = bytearray(whole)
+        content[at] ^= 0x21
+        quick = archive_frame.lying_in(memoryview(content), *expected)
+        if at < start:
+            assert quick is None, at
+        if quick is not None:
+            fitting += 1
+            assert torch.equal(quick, tensor)
+    assert fitting < len(whole) - start, "the archive's end is compared too"
