@@ -24,7 +24,7 @@ from benchmarks.persistent_rivals import PersistentRivals
 from benchmarks.rank import Place, timed
 from benchmarks.state import Weights, adam_for, half_of
 from resilience import CheckpointConfig, ResiliencyConfig, ResiliencyController, TrainingState
-from resilience.formats import torch_dist_writer
+from resilience.formats import torch_dist_writer, zarr_writer
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta, Target
 from resilience.formats.registry import checkpoint_format, open_checkpoint
 from resilience.replication.gloo import TorchCommunicator
@@ -59,7 +59,7 @@ class _OurFormats:
         found: dict[str, Callable[..., dict[str, Any]]] = {
             f"ours_{name}": lambda name=name: self._both(name) for name in FORMATS
         }
-        return found | {"undigested": self._undigested}
+        return found | {f"undigested_{name}": lambda name=name: self._undigested(name) for name in FORMATS}
 
     def _both(self, name: str) -> dict[str, Any]:
         """Seconds of the `save`, of the `proof` by digests before a load (each rank the files that it reads), of the
@@ -79,15 +79,16 @@ class _OurFormats:
             "save_bytes": save_bytes, "load_bytes": max(proof_bytes, load_bytes),
         }  # fmt: skip
 
-    def _undigested(self) -> dict[str, Any]:
-        """The save of `torch_dist` as it would be without the digest of the data."""
+    def _undigested(self, name: str) -> dict[str, Any]:
+        """The save as it would be without the digest of the data."""
         nothing = SimpleNamespace(update=lambda content: None, hexdigest=lambda: "0" * 64)
-        without = SimpleNamespace(sha256=lambda: nothing)
+        without = SimpleNamespace(sha256=lambda *content: nothing)
         with (
-            fresh_folder(self._place, "ours-undigested") as folder,
+            fresh_folder(self._place, f"undigested-{name}") as folder,
             mock.patch.object(torch_dist_writer, "hashlib", without),
+            mock.patch.object(zarr_writer, "hashlib", without),
         ):
-            return {"save": timed(lambda: self._save("torch_dist", folder))}
+            return {"save": timed(lambda: self._save(name, folder))}
 
     def _save(self, name: str, folder: Path) -> None:
         checkpoint_format(name).save(folder, self._share, self._meta, self._agreements, self._fs)

@@ -18,8 +18,8 @@ from benchmarks.settings import Settings
 __all__ = ["measure_persistent"]
 
 _MEASURES: Final = (
-    "memcpy", "ours_torch_dist", "dcp", "ours_zarr", "zarr_own", "ours_fsdp_dtensor", "torch", "undigested",
-    "ours_waited", "ours_async",
+    "memcpy", "ours_torch_dist", "undigested_torch_dist", "dcp", "ours_zarr", "undigested_zarr", "zarr_own",
+    "ours_fsdp_dtensor", "undigested_fsdp_dtensor", "torch", "ours_waited", "ours_async",
 )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ class FolderFiles:
         self._folder = folder
         self._fs = fs
         self._mapped: dict[str, MappedFile] = {}
+        self._plain = {folder}  # sub-folders that were looked at and are no links
 
     def view(self, name: str) -> memoryview:
         """All bytes of a file; CorruptCopyError if it is missing."""
@@ -67,10 +68,11 @@ class FolderFiles:
 
     def _refuse_links(self, parent: Path) -> None:
         """A sub-folder that is a link leads out of the folder; the file system itself looks at the last part only."""
-        while parent != self._folder:
+        while parent not in self._plain:
             found = self._fs.stat(parent)
             if found is not None and not found.is_dir:
                 raise UnsafePathError(f"{parent} is no folder (a link is not followed).", advice="Remove it.")
+            self._plain.add(parent)
             parent = parent.parent
 
     def part(self, name: str, start: int, nbytes: int) -> memoryview:

@@ -107,8 +107,8 @@ class TorchDistReader:
             for start, stop in row_steps(item.lengths, into.element_size()):
                 if box is None:
                     box, lies_in_file = self._box(extent, chunk, self._regions[target.key])
-                stored = aligned(rows(narrow(box, item.storage_offsets, item.lengths), start, stop))
-                rows(into, start, stop).copy_(stored)
+                stored = rows(narrow(box, item.storage_offsets, item.lengths), start, stop)
+                _copy(stored, rows(into, start, stop))
                 self._mapped_bytes += stored.nbytes
                 if self._mapped_bytes >= MAPPED_BYTES:
                     del stored
@@ -149,12 +149,10 @@ class TorchDistReader:
     def _box(self, extent: Extent, chunk: StoredChunk, region: StoredRegion) -> tuple[torch.Tensor, bool]:
         """A whole stored part, and whether it is the mapped file itself."""
         what = f"{extent.file} in {self.folder} at byte {extent.start}"
-        box, lies_in_file = tensor_in(self._files.part(extent.file, extent.start, extent.nbytes), what)
-        if (
-            not isinstance(box, torch.Tensor)
-            or tuple(box.shape) != chunk.sizes
-            or box.dtype != getattr(torch, region.dtype)
-        ):
+        content = self._files.part(extent.file, extent.start, extent.nbytes)
+        expected = getattr(torch, region.dtype), torch.Size(chunk.sizes)
+        box, lies_in_file = tensor_in(content, what, expected)
+        if not isinstance(box, torch.Tensor) or (box.dtype, box.shape) != expected:
             found = f"{box.dtype} {tuple(box.shape)}" if isinstance(box, torch.Tensor) else type(box).__name__
             raise CorruptCopyError(f"{what} is {found}; .metadata says {region.dtype} {chunk.sizes}.")
         return box, lies_in_file
@@ -190,6 +188,14 @@ class TorchDistReader:
         for item in items:
             assert item.storage_index.index is not None, "DCP's planner numbers the boxes that it was given"
             yield target, region.chunks[item.storage_index.index], item
+
+
+def _copy(stored: torch.Tensor, into: torch.Tensor) -> None:
+    """Byte by byte where that will do: archives follow each other without regard to what a dtype is aligned to."""
+    if stored.dtype == into.dtype and stored.is_contiguous() and into.is_contiguous():
+        into.reshape(-1).view(torch.uint8).copy_(stored.reshape(-1).view(torch.uint8))
+    else:
+        into.copy_(aligned(stored))
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ from resilience.formats.keys import rank_key, stored_key
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
 from resilience.formats.rank_object import own_object
 from resilience.formats.read_ahead import read_ahead
-from resilience.formats.torch_archive import archive_of, as_own_storage, saved_bytes
+from resilience.formats.torch_archive import archive_of_one, as_own_storage, saved_bytes
 from resilience.replication.communicator import Agreements
 from resilience.stores.filesystem import FileSystem
 
@@ -158,7 +158,7 @@ class _RankFile:
     ) -> Iterator[memoryview]:
         tensor = as_own_storage(given)
         start = self._nbytes
-        yield from self._passing(archive_of(tensor, [tensor]))
+        yield from self._passing(archive_of_one(tensor))
         dtype, nbytes = str(tensor.dtype).removeprefix("torch."), self._nbytes - start
         self._tensors.append(WrittenTensor(key, dtype, global_shape, offsets, tuple(tensor.shape), start, nbytes))
 

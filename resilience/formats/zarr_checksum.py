@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,10 +14,12 @@ __all__ = ["checksum"]
 
 def checksum(content: memoryview, before: int = 0) -> int:
     """Of `content`, continued from the checksum of what lies before it. ConfigError without the extra."""
-    return int(_library().extend(before, np.frombuffer(content, np.uint8)))
+    return int(_extend()(before, content))
 
 
-def _library() -> Any:
+@functools.cache
+def _extend() -> Callable[[int, memoryview], int]:
+    """The quickest that is there: `fastcrc` (the extra `speed`) takes less than half the time of the other."""
     try:
         import google_crc32c
     except ImportError as error:
@@ -24,4 +27,8 @@ def _library() -> Any:
             "The format zarr needs packages that are not installed here.",
             advice="Install them: pip install torch-resilience[zarr]",
         ) from error
-    return google_crc32c
+    try:
+        from fastcrc.crc32 import iscsi
+    except ImportError:
+        return lambda before, content: google_crc32c.extend(before, np.frombuffer(content, np.uint8))
+    return lambda before, content: iscsi(content, before)

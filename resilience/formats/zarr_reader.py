@@ -178,7 +178,8 @@ class ZarrReader:
         found, end = 0, nbytes - CHECKSUM_BYTES
         for start in range(0, end, MAPPED_BYTES):
             found = checksum(self._files.view(name)[start : min(start + MAPPED_BYTES, end)], found)
-            self._files.close()
+            if nbytes > MAPPED_BYTES:  # else it is copied from this mapping, and let go of then
+                self._files.close()
         if found != int.from_bytes(self._files.view(name)[end:], "little"):
             raise CorruptCopyError(f"{self.folder / name} does not match its CRC-32C.")
 

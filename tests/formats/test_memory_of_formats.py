@@ -54,6 +54,69 @@ def test_saving_and_loading_200_mb_grows_a_rank_by_less_than_64(tmp_path: Path, 
     assert loading < _BOUND_BYTES
 
 
+_TRAINER = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from benchmarks.memory import growth_of
+from resilience import CheckpointConfig, ResiliencyConfig, ResilientTrainer
+
+root, form, background, act = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", sys.argv[4]
+torch.set_num_threads(1)
+if form == "fsdp_dtensor":
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+def job(where, width, depth, steps):
+    torch.manual_seed(1)
+    model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(depth)])
+    if form == "fsdp_dtensor":
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    resumes = (where / "ckpt").exists()
+    checkpoint = CheckpointConfig(
+        save=str(where / "ckpt"), load=str(where / "ckpt"), save_interval=2, ckpt_format=form, async_save=background
+    )
+    limits = ResiliencyConfig(memory_dir=str(where / "mem"), keep_persistent=1)
+    made = lambda: ResilientTrainer(model, optimizer, checkpoint=checkpoint, resiliency=limits)
+    trainer, grown = growth_of(made) if resumes else (made(), 0)
+    def train():
+        for _ in trainer.iterations(trainer.iteration + steps):
+            optimizer.step()
+        trainer.wait()
+    if steps:
+        train()
+    trainer.close()
+    return grown
+
+job(root / "small", 8, 2, 2)
+job(root / "small", 8, 2, 0)  # what is imported on the way does not count
+print(job(root / "large", 1024, 16, 2 if act == "save" else 0))
+"""
+
+
+@pytest.mark.parametrize("form", ["torch_dist", "fsdp_dtensor", "zarr"])
+def test_beside_the_state_a_trainers_resume_takes_its_shard_once_more_and_less_than_64_mb(
+    memory_mount: Path, repository: Path, form: str
+) -> None:
+    """64 MB of weights, whose 128 MB of moments are not there yet; what is staged is a shard of 192 MB."""
+
+    def start(act: str) -> int:
+        command = [sys.executable, "-c", _TRAINER, str(memory_mount), form, "False", act]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+
+    start("save")
+    grown, shard = start("load"), 3 * 16 * 1024 * 1024 * 4
+    moments = 2 * shard // 3
+    assert moments < grown < moments + shard + _BOUND_BYTES
+
+
 def test_what_is_read_ahead_is_the_same_bytes_in_fewer_pieces() -> None:
     pieces = [bytes([number % 256]) * size for number, size in enumerate([3, 2 << 20, 1, 0, 70_000] * 40)]
     with read_ahead(memoryview(piece) for piece in pieces) as ahead:

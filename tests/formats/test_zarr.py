@@ -31,6 +31,7 @@ from resilience.errors import (
     StoreError,
     UnsafePathError,
 )
+from resilience.formats import zarr_checksum
 from resilience.formats.proof import folder_damage
 from resilience.formats.protocol import Chunk, Target
 from resilience.formats.registry import foreign_problem, open_checkpoint, stored_items
@@ -472,6 +473,7 @@ def test_a_chunk_of_another_length_and_a_folder_that_is_a_link_are_refused(tmp_p
 
 def test_without_the_extra_a_start_and_a_load_say_what_to_install(folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    zarr_checksum._extend.cache_clear()  # of a process in which it was there
     (refusal,) = unsupported(CheckpointConfig(ckpt_format="zarr"), ResiliencyConfig())
     assert "pip install torch-resilience[zarr]" in str(refusal)
     assert unsupported(CheckpointConfig(), ResiliencyConfig()) == []
