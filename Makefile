@@ -23,7 +23,7 @@ help:
 	@echo "make fuzz       histories of a simulated cluster, for SECONDS=60 from SEED=0"
 	@echo "make check      ruff, mypy and the quick tests        make format     let ruff rewrite"
 	@echo "make bench      figures against memcpy, torch.save, DCP, gloo, NVRx"
-	@echo "make docs       regenerate docs/configuration.md, render docs/ to docs/_site"
+	@echo "make docs       regenerate docs/configuration.md, make the site docs/_site (warnings are errors)"
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 1; }
@@ -84,7 +84,8 @@ bench: $(VENV)/.base
 
 docs: $(VENV)/.docs
 	$(BIN)/python docs/generate_configuration.py
-	$(BIN)/python docs/build_site.py docs docs/_site
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_site
+	@echo "docs/_site/index.html"
 
 clean:
 	rm -rf $(VENV) .venv-nvrx .venv-megatron* demo-out bench-out docs/_site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from resilience.cli_numbers import above_zero, from_zero, share_of_all
+from resilience.cli_numbers import above_zero, byte_count, from_zero, share_of_all
 from resilience.cli_sources import at_least_one
 from resilience.config import CheckpointConfig, ResiliencyConfig, unsupported
 from resilience.errors import ConfigError
@@ -37,10 +37,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     job("--step-s", type=above_zero, required=True, metavar="S", help="seconds of a step")
     job(
         "--state-bytes",
-        type=at_least_one,
+        type=byte_count,
         required=True,
         metavar="B",
-        help="bytes of one rank's shard, as for `doctor`",
+        help="bytes of one rank's shard, as for `doctor`: 10e9, 10GB",
     )
     job("--ranks", type=at_least_one, required=True, metavar="N", help="ranks of the job")
     job("--ranks-per-node", type=at_least_one, default=8, metavar="N", help="default 8")
@@ -64,8 +64,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for name, meaning in _SPEEDS.items():
         default = f"{getattr(ASSUMED, name):.3g}"
         node(f"--{name}-bytes-per-s", type=above_zero, metavar="B", help=f"{meaning} (default: measured, or {default})")
-    node("--node-memory-bytes", type=at_least_one, metavar="B", help="free for saves (default: measured, or not known)")
-    node("--node-disk-bytes", type=at_least_one, metavar="B", help="the same on the local disk")
+    node("--node-memory-bytes", type=byte_count, metavar="B", help="free for saves (default: measured, or not known)")
+    node("--node-disk-bytes", type=byte_count, metavar="B", help="the same on the local disk")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:

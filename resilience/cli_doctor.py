@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resilience.cli_numbers import byte_count
 from resilience.cli_sources import at_least_one
 from resilience.config import CheckpointConfig, ResiliencyConfig, load_config, validate_together
 from resilience.errors import CommandError, ConfigError, MemoryBudgetError, ResilienceError
@@ -34,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, required=True, metavar="F", help="YAML file with checkpoint: and resiliency: sections")
     add("--world-size", type=at_least_one, metavar="N", help="ranks of the job (default 1)", default=1)
     add("--ranks-per-node", type=at_least_one, metavar="N", help="default: all ranks on one node")
-    add("--state-bytes", type=at_least_one, metavar="B", help="bytes of one rank's shard, for the memory budget "
+    add("--state-bytes", type=byte_count, metavar="B", help="bytes of one rank's shard, for the memory budget "
         "(default: as in the newest save on this node, if there is one)")  # fmt: skip
     add("--job-script", type=Path, metavar="F", help="the Slurm job script that is to be submitted")
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 
-__all__ = ["above_zero", "from_zero", "share_of_all"]
+__all__ = ["above_zero", "byte_count", "from_zero", "share_of_all"]
+
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def from_zero(text: str) -> float:
@@ -27,6 +30,20 @@ def share_of_all(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
     return number
+
+
+def byte_count(text: str) -> int:
+    """`80000000000`, `80e9`, `80GB` or `74.5GiB`: at least one byte."""
+    found = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]{1,2})?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 80e9, 80GB or 75GiB")
+    try:
+        count = int(float(found[1]) * _BYTES[found[2] or ""])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 80e9, 80GB or 75GiB") from None
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than one byte")
+    return count
 
 
 for _kind in (from_zero, above_zero, share_of_all):

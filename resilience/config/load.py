@@ -51,7 +51,7 @@ def load_config(
     env: Mapping[str, str] = os.environ,
     args: Sequence[str] | None = None,
 ) -> tuple[CheckpointConfig, ResiliencyConfig]:
-    """Both configurations from a YAML file, RESILIENCE_CHECKPOINT__… variables and `--checkpoint.…` options.
+    """Both configurations from a YAML file, `RESILIENCE_CHECKPOINT__…` variables and `--checkpoint.…` options.
 
     `args` is a command line without the program's name; None reads none. Raises ConfigError for what cannot be read,
     unknown names and values that are not allowed; a file that is not there is a ConfigError too.
