@@ -114,10 +114,31 @@ class ResilientTrainer:
         finally:
             watchdog.rest()
 
+    @property
+    def position_in_epoch(self) -> int:
+        """How many batches of the data loader's epoch were drawn; 0 without a loader, and before the first batch."""
+        return self._state.loader.position_in_epoch
+
     def fit(self, train_step: Callable[[Any], Any], train_iters: int) -> None:
         """Call `train_step(batch)` for each batch of `iterations(train_iters)`."""
         for batch in self.iterations(train_iters):
             train_step(batch)
+
+    def complete(self) -> None:
+        """The loop ended before `train_iters`, and that is all there was to do: as if they had been reached.
+
+        Ends the step that is under way. Collective; instead of asking `iterations` for another batch. Nothing happens
+        if the loop is complete already.
+        """
+        if self._finished:
+            return
+        watchdog = self._watching()
+        try:
+            self._boundary(self.iteration + 1)
+            watchdog.pause()
+            self._finish()
+        finally:
+            watchdog.rest()
 
     def _boundary(self, train_iters: int) -> None:
         """The loop asked for the next batch. No boundary if no optimizer stepped (gradient accumulation)."""

@@ -78,6 +78,11 @@ class LoaderCursor:
         """How many batches this rank drew since the run began."""
         return self._drawn
 
+    @property
+    def position_in_epoch(self) -> int:
+        """The same since its epoch was begun; as many as the epoch has, at its end."""
+        return self._drawn_in_epoch
+
     def next_batch(self) -> Any:
         """The next batch; a loader that can be iterated over again goes on with its next epoch.
 
