@@ -1,7 +1,7 @@
 """Which array has which grid, and who writes which chunk: from what all ranks have, or as it was the last time.
 
-With `ckpt_assume_constant_structure` ranks tell each other a digest of what they have. If these are known, so is the plan; if
-not, everything is told, so that a structure that changed is planned afresh and never stored under an old plan.
+With `ckpt_assume_constant_structure` ranks tell each other a digest of what they have. If these are known, so is the
+plan; if not, everything is told: a structure that changed is planned afresh and never stored under an old plan.
 """
 
 from __future__ import annotations
