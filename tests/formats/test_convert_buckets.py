@@ -1,4 +1,4 @@
-"""A distributed optimizer whose state lies in buckets goes through a conversion and on, whatever the number of ranks."""
+"""A distributed optimizer whose state lies in buckets goes through a conversion and on, for any number of ranks."""
 
 from __future__ import annotations
 
