@@ -153,3 +153,9 @@ class MissingCheckpointExit(SystemExit):
 
 class StoppedExit(SystemExit):
     """The job saved and stopped early on request; exit status 75, or 0 under an elastic agent."""
+
+
+def in_short(error: BaseException) -> str:
+    """Its kind and its words, as far as a person reads: some errors repeat all the bytes that they could not parse."""
+    words = str(error)
+    return f"{type(error).__name__}: {words[:300]}{'…' if len(words) > 300 else ''}"

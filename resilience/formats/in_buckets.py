@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from resilience.errors import CorruptCopyError, LayoutMismatchError, ResilienceError
+from resilience.errors import CorruptCopyError, LayoutMismatchError, ResilienceError, in_short
 from resilience.formats.keys import BUCKETS_PREFIX
 from resilience.formats.optimizer_common import DP_RESHARDABLE, SHARDING_TYPE, marked_groups
 from resilience.formats.optimizer_view import OptimizerView
@@ -304,7 +304,7 @@ def seen_by_parameter(state: TrainingState, reader: StateReader) -> OptimizerVie
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, ResilienceError):
             raise
-        raise CorruptCopyError(f"{reader.folder} does not say what its buckets hold ({error!r}).") from error
+        raise CorruptCopyError(f"{reader.folder} does not say what its buckets hold ({in_short(error)}).") from error
 
 
 def _seen_by_parameter(state: TrainingState, reader: StateReader) -> OptimizerView:

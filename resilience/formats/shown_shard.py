@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resilience.errors import CorruptCopyError
+from resilience.errors import CorruptCopyError, in_short
 from resilience.formats.in_common import place_sum
 from resilience.formats.shard_parts import is_small
 from resilience.snapshot.arena import typed_view
@@ -57,7 +57,7 @@ def shown_of(content: memoryview) -> ShownShard:
         if type(nbytes) is not int:
             raise CorruptCopyError(f"a shard has {nbytes!r} bytes.")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCopyError(f"what was told of a shard makes no sense ({error!r}).") from error
+        raise CorruptCopyError(f"what was told of a shard makes no sense ({in_short(error)}).") from error
     header = read_header(head, "a shard that a rank told of", nbytes)
     pieces = list(_small_pieces(header))
     lengths = [piece.stop - piece.start for piece in pieces]

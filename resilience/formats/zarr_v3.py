@@ -20,6 +20,7 @@ from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import folder_problem, read_folder
 
 if TYPE_CHECKING:
+    from resilience.formats.zarr_plan import KeptGrids
     from resilience.replication.communicator import Agreements
 
 __all__ = ["NAME", "ZarrV3"]
@@ -33,9 +34,13 @@ class ZarrV3:
 
     name = NAME
 
+    def __init__(self, kept: KeptGrids | None = None) -> None:
+        self._kept = kept
+
     def keeping_plans(self) -> ZarrV3:
-        """Grids are planned anew for each save."""
-        return self
+        from resilience.formats.zarr_plan import KeptGrids
+
+        return ZarrV3(KeptGrids())
 
     def save(
         self,
@@ -47,7 +52,7 @@ class ZarrV3:
     ) -> None:
         from resilience.formats.zarr_writer import write_checkpoint
 
-        write_checkpoint(folder, share, meta, agreements, fs)
+        write_checkpoint(folder, share, meta, agreements, fs, self._kept)
 
     def open(self, folder: Path, fs: FileSystem) -> CheckpointReader:
         from resilience.formats.zarr_reader import ZarrReader

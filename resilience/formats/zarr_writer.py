@@ -1,7 +1,7 @@
 """How a checkpoint is written so that plain zarr opens its tensors.
 
     1. agree      which tensors of their own ranks give under plain names (as in all formats)
-    2. plan       what every rank has; all compute the same grids and writers (`zarr_chunks`)
+    2. plan       what every rank has; all compute the same grids and writers (`zarr_plan`, `zarr_chunks`)
     3. describe   rank 0 writes each array's metadata
     4. write      every rank its chunks, its object and its other files; fragments of others' chunks into a spill file
     5. complete   (only where a chunk has bytes of several ranks) its writer takes them from the spill files
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from resilience.errors import CorruptCopyError, LayoutMismatchError, SaveFailedError
+from resilience.errors import CorruptCopyError
 from resilience.formats.collective import exchange, on_first
 from resilience.formats.directory import FolderFiles
 from resilience.formats.folder_files import (
@@ -31,25 +31,22 @@ from resilience.formats.folder_files import (
     write_own_files,
     write_small_files,
 )
-from resilience.formats.keys import stored_key
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
 from resilience.formats.rank_object import own_object
 from resilience.formats.zarr_checksum import checksum
-from resilience.formats.zarr_chunks import Fragment, Given, Plan, WholeChunk, plan_chunks
-from resilience.formats.zarr_grid import Box
+from resilience.formats.zarr_chunks import Fragment, Plan, WholeChunk
 from resilience.formats.zarr_metadata import (
     ARRAY,
     CHECKSUM_BYTES,
     STORE,
     ZarrArray,
     array_document,
-    folder_of,
     group_document,
-    storage_dtype,
 )
 from resilience.formats.zarr_names import SPILL, object_file
+from resilience.formats.zarr_plan import KeptGrids, plan_grids
 from resilience.replication.communicator import Agreements
-from resilience.state.tensors import byte_view, dtype_name
+from resilience.state.tensors import byte_view
 from resilience.stores.filesystem import TEMPORARY_PREFIX, FileSystem
 
 __all__ = ["write_checkpoint"]
@@ -59,15 +56,20 @@ _SEGMENT_BYTES = 8 << 20  # hashed, checked and written while it is in the cache
 _ZEROS = memoryview(bytes(1 << 20))
 
 
-def write_checkpoint(folder: Path, share: RankShare, meta: SaveMeta, agreements: Agreements, fs: FileSystem) -> None:
-    """See `CheckpointFormat.save`. Collective over `agreements`."""
+def write_checkpoint(
+    folder: Path,
+    share: RankShare,
+    meta: SaveMeta,
+    agreements: Agreements,
+    fs: FileSystem,
+    kept: KeptGrids | None = None,
+) -> None:
+    """See `CheckpointFormat.save`. Collective over `agreements`. `kept`: of a series whose structure stays the same."""
     plain = agree_on_save(share, meta, agreements)
     alone = [chunk for chunk in share.chunks if chunk.per_rank and plain.get(chunk.key) != "only"]
     shared = [chunk for chunk in share.chunks if not chunk.per_rank or chunk.key in plain]
-    aliases = {stored_key(alias): stored_key(root) for alias, root in share.aliases.items()}
-    told = exchange(agreements, lambda: {"parts": [_told(chunk) for chunk in shared], "aliases": aliases}, "plan")
-    plan = _plan([one["parts"] for one in told], agreements.rank)
-    arrays = {key: _array(key, plan) for key in plan.grids}
+    planned = plan_grids(shared, share.aliases, agreements, kept)
+    plan, arrays = planned.plan, planned.arrays
     described: dict[str, Written] = {}
     on_first(agreements, lambda: described.update(_describe(folder, arrays, fs)))
     rank = _Rank(folder, fs, agreements.rank, shared, plan, arrays)
@@ -88,44 +90,10 @@ def write_checkpoint(folder: Path, share: RankShare, meta: SaveMeta, agreements:
         if plan.spilled:
             fs.remove_tree(folder / SPILL)
         written = {name: Written(**one) for each in files for name, one in each.items()}
-        names = _aliases([one["aliases"] for one in told], arrays)
-        written |= described | _consolidate(folder, arrays, names, fs)
+        written |= described | _consolidate(folder, arrays, planned.aliases, fs)
         write_small_files(folder, _BACKEND, written, share, meta, fs)
 
     on_first(agreements, finish)
-
-
-def _told(chunk: Chunk) -> list[Any]:
-    dtype = chunk.dtype
-    shapes = [*chunk.global_shape], [*chunk.offsets], [*chunk.sizes]
-    return [stored_key(chunk.key), dtype_name(dtype), dtype.itemsize, *shapes]
-
-
-def _plan(parts: Sequence[Sequence[Any]], rank: int) -> Plan:
-    """From the same facts on all ranks, so that all raise if the parts do not fit."""
-    given = [
-        _given(owner, number, told) for owner, all_told in enumerate(parts) for number, told in enumerate(all_told)
-    ]
-    try:
-        return plan_chunks(given, rank)
-    except LayoutMismatchError as error:
-        raise SaveFailedError(f"The checkpoint could not be written (plan): {error}") from error
-
-
-def _given(rank: int, number: int, told: Sequence[Any]) -> Given:
-    key, dtype, itemsize, shape, offsets, sizes = told
-    return Given(key, dtype, itemsize, tuple(shape), Box(rank, tuple(offsets), tuple(sizes)), number)
-
-
-def _array(key: str, plan: Plan) -> ZarrArray:
-    dtype = plan.dtypes[key]
-    return ZarrArray(key, folder_of(key), dtype, storage_dtype(dtype), plan.grids[key])
-
-
-def _aliases(told: Sequence[Mapping[str, str]], arrays: Mapping[str, ZarrArray]) -> dict[str, str]:
-    """A second name of a tensor that all ranks share; of what is per rank, the rank's object has both names."""
-    found = {alias: key for aliases in told for alias, key in aliases.items()}
-    return {alias: key for alias, key in found.items() if key in arrays and alias not in arrays}
 
 
 def _to_json(files: Mapping[str, Written]) -> dict[str, Any]:

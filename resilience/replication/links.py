@@ -142,14 +142,14 @@ class GlooLinks:
 
     @property
     def lingers(self) -> bool:
-        """Whether a thread of it still waits for a peer to leave."""
-        return any(canary.is_alive() for canary in self._canaries)
+        """Whether a thread of it has not ended: one waits for a peer to leave, or is about to end."""
+        return any(thread.is_alive() for thread in (*self._canaries, self._waiter))
 
     def join(self, bound_s: float) -> None:
         """After `close`: until its threads have ended, at most so long. The interpreter must not end before them."""
         deadline = self._now() + bound_s
-        for canary in self._canaries:
-            canary.join(timeout=max(0.0, deadline - self._now()))
+        for thread in (*self._canaries, self._waiter):
+            thread.join(timeout=max(0.0, deadline - self._now()))
 
     def _take_leave(self, group: Any, peer: int) -> None:
         """Let the peer's canary end in peace; once, whoever takes leave first."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resilience.errors import CorruptCopyError
+from resilience.errors import CorruptCopyError, in_short
 from resilience.state import rng
 from resilience.state.items import SavedItem, blocks_of
 from resilience.state.live_tensors import LiveTensors
@@ -45,7 +45,7 @@ class LoadPlan:
             found = differences(state, saved, index, self._live.items, parts)
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             # The copy is what its owner wrote, and yet no tree of ours: another version's, or not a save at all.
-            raise CorruptCopyError(f"The values of the save are no training state ({error!r}).") from error
+            raise CorruptCopyError(f"The values of the save are no training state ({in_short(error)}).") from error
         needed = {key: ref for key, ref in self._refs.items() if key.split("/", 1)[0] in parts}
         for key, ref in needed.items():
             blocks = blocks_of(key, index)

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resilience.errors import CorruptCopyError
+from resilience.errors import CorruptCopyError, in_short
+from resilience.state.strict_json import json_of
 from resilience.state.tree import path_component
 
 __all__ = ["Reconciled", "reconcile", "without_entries", "without_parts"]
@@ -113,9 +114,9 @@ def _same_length(one: Any, other: Any) -> bool:
 
 def _object(values: bytes) -> dict[str, Any]:
     try:
-        tree = json.loads(values)
+        tree = json_of(values)
     except (ValueError, RecursionError) as error:
-        raise CorruptCopyError(f"The values of a save do not parse ({type(error).__name__}: {error}).") from error
+        raise CorruptCopyError(f"The values of a save do not parse ({in_short(error)}).") from error
     if not _plain(tree):
         raise CorruptCopyError("The values of a save are no tree of a training state.")
     return dict(tree)

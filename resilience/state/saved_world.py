@@ -5,7 +5,6 @@ Nothing here knows of a format: whoever reads one gives the ranks' states and a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,8 +12,9 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
-from resilience.errors import CorruptCopyError
+from resilience.errors import CorruptCopyError, in_short
 from resilience.state.parallel_layout import ParallelLayout
+from resilience.state.strict_json import json_of
 from resilience.state.tensors import byte_view, dtype_name
 
 __all__ = [
@@ -131,9 +131,9 @@ class SavedWorld:
 def tree_of(values: bytes) -> dict[str, Any]:
     """The JSON of a whole training state; CorruptCopyError if it is none."""
     try:
-        tree = json.loads(values)
+        tree = json_of(values)
     except (ValueError, RecursionError) as error:
-        raise CorruptCopyError(f"The values of a save do not parse ({type(error).__name__}: {error}).") from error
+        raise CorruptCopyError(f"The values of a save do not parse ({in_short(error)}).") from error
     if not isinstance(tree, dict) or next(iter(tree), "").startswith("$"):
         raise CorruptCopyError("The values of a save are no tree of a training state.")
     return tree

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from resilience.errors import CorruptCopyError
+from resilience.state.strict_json import finite, no_constant
 from resilience.state.tensors import DTYPES, TensorRef
 
 #: Containers within containers; what training state needs is about ten.
@@ -63,7 +64,7 @@ def decode(values: bytes, resolve: Callable[[str], torch.Tensor]) -> Any:
 def decode_with(values: bytes, leaf: Callable[[TensorRef], Any]) -> Any:
     """Read the tree with `leaf(ref)` in each tensor's place."""
     try:
-        written = json.loads(values, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+        written = json.loads(values, object_pairs_hook=_object, parse_constant=no_constant, parse_float=finite)
         return _Decoder(leaf).decode(written, 0)
     except CorruptCopyError:
         raise
@@ -194,17 +195,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise CorruptCopyError("An object in the values of a save has a name twice.")
     return found
-
-
-def _no_constant(name: str) -> Any:
-    raise CorruptCopyError(f"The values of a save hold {name}, which is not JSON.")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise CorruptCopyError(f"The values of a save hold the number {text[:80]}, which no float has.")
-    return number
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
-from resilience.errors import CorruptCopyError
+from resilience.errors import CorruptCopyError, in_short
 from resilience.planning.erasure import LARGEST_CLIQUE, Code
 from resilience.planning.inventory import ParityCover, SaveId
 from resilience.stores.records import ShardRecord
@@ -74,7 +74,7 @@ def read_parity_header(content: memoryview, what: str) -> ParityHeader:
         header = _read(content)
         canonical = parity_header(header)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
-        raise CorruptCopyError(f"{what}: its header is not one of parity ({error!r}).") from error
+        raise CorruptCopyError(f"{what}: its header is not one of parity ({in_short(error)}).") from error
     cover = header.cover
     nbytes = Code(len(cover.members), cover.parities).file_bytes(max(cover.nbytes))
     if len(content) != nbytes or content[: len(canonical)] != canonical:

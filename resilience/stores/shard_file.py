@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import xxhash
 
-from resilience.errors import CorruptCopyError
+from resilience.errors import CorruptCopyError, in_short
 from resilience.planning.inventory import SaveId
 from resilience.stores.records import ShardRecord
 
@@ -72,7 +72,7 @@ def read_header(content: memoryview, what: str, nbytes: int | None = None) -> Sh
     except CorruptCopyError as error:
         raise CorruptCopyError(f"{what}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
-        raise CorruptCopyError(f"{what}: its header is not one of a shard ({error!r}).") from error
+        raise CorruptCopyError(f"{what}: its header is not one of a shard ({in_short(error)}).") from error
 
 
 def layout_id(index: str, data_start: int, nbytes: int) -> int:

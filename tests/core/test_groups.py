@@ -122,7 +122,7 @@ def close_long_before_the_peer(rank: int) -> list[str]:
     time.sleep(0.5 * rank)
     links.close(linger_s=0.0)
     communicator.close()
-    return [each.name for each in threading.enumerate() if each.name.startswith("resilience-canary")]
+    return [each.name for each in threading.enumerate() if each.name.startswith("resilience-")]
 
 
 def test_nothing_closes_before_the_threads_of_closed_links_have_ended() -> None:

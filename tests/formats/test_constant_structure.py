@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import resilience.formats.kept_plan as kept_plan
+import resilience.formats.zarr_plan as zarr_plan
 from resilience.errors import SaveFailedError
 from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare
 from resilience.formats.registry import checkpoint_format, open_checkpoint
@@ -37,7 +38,14 @@ class Series:
             self.planned += 1
             return plan_of(ranks)
 
+        plan_chunks = zarr_plan.plan_chunks
+
+        def planning_grids(given: Any, rank: int) -> Any:
+            self.planned += rank == 0
+            return plan_chunks(given, rank)
+
         monkeypatch.setattr(kept_plan, "plan_of", planning)
+        monkeypatch.setattr(zarr_plan, "plan_chunks", planning_grids)
 
     def save(self, folder: Path, chunks: Callable[[int], Sequence[Chunk]], values: bytes = b"{}") -> list[Any]:
         folder.mkdir()
@@ -98,6 +106,48 @@ def test_the_second_save_is_not_planned_and_says_little_and_is_what_plain_dcp_re
     assert series.planned == 1
     assert told[1] < told[0] / 3
     assert told[1:] == pytest.approx([told[1]] * 2, rel=0.1)
+
+
+def in_zarr(folder: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As plain zarr reads it."""
+    import zarr
+
+    group = zarr.open_group(folder / "tensors.zarr", mode="r")
+    return {name: torch.as_tensor(group[name][:]) for name in like}  # type: ignore[index]
+
+
+def test_the_second_save_in_zarr_is_not_planned_and_says_less_and_plain_zarr_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[bool, list[int]] = {}
+    for keep in (False, True):
+        series = Series("zarr", monkeypatch, keep=keep)
+        told[keep] = []
+        for number in range(3):
+            content, folder = state(number), tmp_path / f"{keep}-{number}"
+            assert series.save(folder, chunks_of(content)) == [None] * RANKS
+            told[keep].append(series.told)
+            assert equal(in_zarr(folder, content), content)
+            open_checkpoint(folder, FS).verify()
+        assert series.planned == (1 if keep else 3)
+    assert told[True][0] > told[True][1] == told[True][2], "what is left are the files and their digests"
+    assert told[True][1] < told[False][1]
+
+
+@pytest.mark.parametrize("change", [{"names": 21}, {"names": 19}, {"columns": 5}], ids=["more", "fewer", "wider"])
+def test_in_zarr_too_a_structure_that_changed_is_planned_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]
+) -> None:
+    series = Series("zarr", monkeypatch)
+    for number, options in enumerate([{}, change, change, {}]):
+        content = state(number, **options)
+        assert series.save(tmp_path / str(number), chunks_of(content)) == [None] * RANKS
+        assert equal(in_zarr(tmp_path / str(number), content), content)
+    assert series.planned == 2, "both plans are kept"
+    odd = {name: tensor.double() for name, tensor in state(9).items()}
+    outcomes = series.save(tmp_path / "odd", lambda rank: chunks_of(odd if rank == 1 else state(9))(rank))
+    assert all(isinstance(outcome, SaveFailedError) and "disagree on" in str(outcome) for outcome in outcomes)
+    assert series.save(tmp_path / "again", chunks_of(state(9))) == [None] * RANKS
 
 
 @pytest.mark.parametrize("change", [{"names": 21}, {"names": 19}, {"columns": 5}], ids=["more", "fewer", "wider"])

@@ -112,7 +112,8 @@ def _be_the_child(work: Callable[[Notebook], None], notebook: Notebook, spare_by
         notebook.tell(_DONE)
         status = 0
     except BaseException:  # noqa: BLE001 - whatever it is, the parent reports it
-        notebook.tell(traceback.format_exc()[-_TOLD_BYTES // 2 :])
+        told = traceback.format_exc()
+        notebook.tell(told if len(told) < _TOLD_BYTES // 4 else f"{told[:4000]}\n…\n{told[-4000:]}")
     finally:
         os._exit(status)
 

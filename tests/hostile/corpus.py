@@ -106,6 +106,9 @@ _ARCHIVES = {
     "no entry": _archive(b"")[:4] + b"\0" * 30,
     "an entry named like no file": _archive(_pickled(b"}"), **{"..__..__etc__passwd": b"x"}),
     "a pickle that is none": _archive(b"\xff\xff"),
+    # `zipfile` makes up for displaced entries, and torch's reader took what lay there for lengths
+    "entries that lie 7 bytes later than they say": b"7 bytes" + _archive(_pickled(b"}")),
+    "entries that lie 7 bytes earlier than they say": _archive(_pickled(b"}"))[7:],
     **{f"with {name}": _archive(content) for name, content in _PICKLES.items()},
 }
 _LENGTH = (
@@ -187,6 +190,7 @@ CASES: dict[str, dict[str, bytes]] = {
         "metadata that are none": _shard(b'{"__metadata__": 3}'),
         "nothing": b"",
         "seven bytes": b"\x01" * 7,
+        "70,000 bytes of no text": _shard(b"\x80" * 70_000),  # the error repeated them all
     },
     "shard's contents": {"values of 100,000 brackets": shard_bytes(_SAVE, 0, 1).replace(b'{"train_state"', b"[" * 14)},
     ".metadata": {**_PICKLES, **_METADATA},
@@ -228,6 +232,11 @@ CASES: dict[str, dict[str, bytes]] = {
         **_JSONS,
         "a layout of nothing": b'{"layout":{}}',
         "a layout of texts": b'{"layout":{"tp":"1","pp":null}}',
+    },
+    "values held against live ones": {
+        **_JSONS,
+        "no number": b'{"model":[{}],"x":NaN}',
+        "more than any float": b'{"model":[{}],"x":1e999}',
     },
     "inventories": {
         **_JSONS,

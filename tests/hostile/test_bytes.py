@@ -92,7 +92,7 @@ def _survive(parsers: Iterable[Parser], inputs: int, record_property: Record) ->
         outcome = attempt(parser, asked)
         tried += outcome.inputs
         if outcome.problem or outcome.inputs < asked:
-            problems.append(f"{parser.name}: {outcome.inputs} of {asked}: {outcome.problem[-3000:]}")
+            problems.append(f"{parser.name}: {outcome.inputs} of {asked}: {outcome.problem[:3000]}")
     record_property(PROPERTY, tried)
     assert not problems, "\n\n".join(problems)
 
