@@ -92,6 +92,7 @@ class Protection(_Callback):
                 "The training loader is not protected, so that its place would be lost.",
                 advice="Give fit what Protection.loader(loader) returns.",
             )
+        _refuse_what_would_not_go_on(trainer)
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
         self._resilient = ResilientTrainer(
             pl_module, list(trainer.optimizers), scheduler=schedulers or None, dataloader=epochs.source,
@@ -122,6 +123,32 @@ class Protection(_Callback):
     @property
     def _drawn_in_epoch(self) -> int:
         return self.resilient.position_in_epoch
+
+
+def _refuse_what_would_not_go_on(trainer: Any) -> None:
+    """What would train in silence as no unprotected run does, or go on somewhere else."""
+    for name, usual in (
+        ("overfit_batches", 0.0),  # which Lightning turns into the next as well
+        ("limit_train_batches", 1.0),
+        ("reload_dataloaders_every_n_epochs", 0),
+    ):
+        given = getattr(trainer, name, usual)
+        if given != usual:
+            raise ConfigError(
+                f"{name} is {given!r}: an epoch would not be the loader's, whose place is what is saved.",
+                advice="Leave it out, and give a loader of the data that are wanted.",
+            )
+    if len(trainer.optimizers) > 1:
+        raise ConfigError(
+            f"the module has {len(trainer.optimizers)} optimizers: Lightning counts a step of each, and a boundary is "
+            "one for all.",
+            advice="Use ResilientTrainer in a loop of your own.",
+        )
+    if trainer.ckpt_path is not None:
+        raise ConfigError(
+            f"ckpt_path is {trainer.ckpt_path!r}, and a protected run resumes by itself.",
+            advice="Leave it out; load weights to begin with into the module before fit.",
+        )
 
 
 class _Epochs:

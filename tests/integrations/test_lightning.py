@@ -277,3 +277,31 @@ def test_what_cannot_be_protected_is_refused_in_words(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"Protection\.loader"):
         trainer.fit(module, train_dataloaders=train)
+
+
+@pytest.mark.parametrize("what", ["limit_train_batches", "overfit_batches", "several optimizers", "ckpt_path"])
+def test_what_would_train_otherwise_than_without_protection_is_refused(what: str, tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+
+    from resilience.errors import ConfigError
+    from resilience.integrations.lightning import Protection
+
+    module, train, _ = make(Job(str(tmp_path)), 0)
+    protection = Protection(checkpoint=CheckpointConfig(save=str(tmp_path / "save")))
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    limits = {what: 5} if what in ("limit_train_batches", "overfit_batches") else {}
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", enable_checkpointing=False, callbacks=[protection], **quiet, **limits
+    )
+    path = None
+    if what == "several optimizers":
+        module.automatic_optimization = False
+        module.configure_optimizers = lambda: [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
+    if what == "ckpt_path":
+        path = tmp_path / "last.ckpt"
+        plain = pl.Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
+        plain.fit(module, train_dataloaders=train)
+        plain.save_checkpoint(path)
+    with pytest.raises(ConfigError, match="2 optimizers" if what == "several optimizers" else what):
+        trainer.fit(module, train_dataloaders=protection.loader(train), ckpt_path=path)
+    assert not (tmp_path / "save").exists(), "before anything is made"
