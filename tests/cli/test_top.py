@@ -63,6 +63,7 @@ class Screen:
         self.before = termios.tcgetattr(there)
         env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
         command = [sys.executable, "-m", "resilience.cli", "top", *map(str, words)]
+        command = ["env", "--default-signal=INT", *command]  # a shell's background job, which this may be, ignores it
         self.process = subprocess.Popen(
             command, stdin=there, stdout=there, stderr=there, env=env, start_new_session=True
         )
