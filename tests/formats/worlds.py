@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,8 +68,13 @@ def on_all_ranks(size: int, work: Callable[[ThreadAgreements], T]) -> list[T | B
         thread.start()
     for thread in threads:
         thread.join(WAIT_S)
-        assert not thread.is_alive()
+        assert not thread.is_alive(), f"a rank stands still:\n{_stacks()}"
     return results
+
+
+def _stacks() -> str:
+    """Where every thread is."""
+    return "\n".join("".join(traceback.format_stack(frame)[-8:]) for frame in sys._current_frames().values())
 
 
 def meta(iteration: int = 7, world_size: int = 1, **fields: Any) -> SaveMeta:

@@ -84,7 +84,9 @@ def test_the_tutorials_job_loses_a_node_and_ends_in_the_same_bits(folder: Path, 
     (line,) = re.findall(r"^    resilience (drill .* -- ranks.py)$", text, flags=re.MULTILINE)
     told = run(folder, repository, "-m", "resilience.cli", *line.split())
     assert "passed" in told
-    assert "iteration 75 (local)" in told, "as the page says"
+    resumed = re.search(r"iteration (\d+) \(local\)", told)
+    assert resumed is not None, told
+    assert 60 <= int(resumed[1]) <= 75, "75 as the page says; less where its save was still under way"
     assert (folder / "drill-out" / "report.html").is_file()
 
 
