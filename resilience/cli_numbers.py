@@ -34,13 +34,11 @@ def share_of_all(text: str) -> float:
 
 def byte_count(text: str) -> int:
     """`80000000000`, `80e9`, `80GB` or `74.5GiB`: at least one byte."""
-    found = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]{1,2})?)\s*([kmgt]i?)?b?", text.strip().lower())
+    number = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e\+?[0-9]{1,2})?"
+    found = re.fullmatch(rf"({number})\s*([kmgt]i?)?b?", text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 80e9, 80GB or 75GiB")
-    try:
-        count = int(float(found[1]) * _BYTES[found[2] or ""])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 80e9, 80GB or 75GiB") from None
+    count = int(float(found[1]) * _BYTES[found[2] or ""])
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than one byte")
     return count

@@ -108,11 +108,7 @@ class ResilientTrainer:
                 self._boundary(train_iters)
         finally:  # after a `break` too: no boundary is to come
             watchdog.rest()
-        watchdog.pause()
-        try:
-            self._finish()
-        finally:
-            watchdog.rest()
+        self._finish()
 
     @property
     def position_in_epoch(self) -> int:
@@ -132,13 +128,11 @@ class ResilientTrainer:
         """
         if self._finished:
             return
-        watchdog = self._watching()
         try:
             self._boundary(self.iteration + 1)
-            watchdog.pause()
-            self._finish()
         finally:
-            watchdog.rest()
+            self._watching().rest()
+        self._finish()
 
     def _boundary(self, train_iters: int) -> None:
         """The loop asked for the next batch. No boundary if no optimizer stepped (gradient accumulation)."""
@@ -157,11 +151,16 @@ class ResilientTrainer:
             self._rehearsal.act(iteration, settle=self._controller.wait_idle, tell=self._controller.tell)
 
     def _finish(self) -> None:
-        self._finished = True
-        if self._rehearsal is not None:
-            digest = state_digest(self._state.collect())
-            self._controller.tell("digest", iteration=self.iteration, digest=digest)
-        self._controller.finish()
+        watchdog = self._watching()
+        watchdog.pause()  # what follows has bounds of its own
+        try:
+            self._finished = True
+            if self._rehearsal is not None:
+                digest = state_digest(self._state.collect())
+                self._controller.tell("digest", iteration=self.iteration, digest=digest)
+            self._controller.finish()
+        finally:
+            watchdog.rest()
 
     # -- what users ask -----------------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ round, an archive that a frame fits need not be taken apart to be read.
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
-import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -127,8 +127,7 @@ class _Sink:
 def _make(tensor: torch.Tensor) -> _Frame | None:
     sink: Any = _Sink()
     try:
-        with warnings.catch_warnings(), torch.serialization.skip_data():
-            warnings.simplefilter("ignore")
+        with torch.serialization.skip_data():
             torch.save(tensor, sink)
     except (AttributeError, RuntimeError, ValueError):
         return None
@@ -136,20 +135,16 @@ def _make(tensor: torch.Tensor) -> _Frame | None:
         return None
     cut = sink.gaps[0][0]
     head, tail = b"".join(sink.written[:cut]), b"".join(sink.written[cut:])
-    directory = sum(map(len, sink.written[cut : _first_entry(sink.written, cut)]))
-    entry = _entry_of_the_storage(tail, directory)
-    if entry is None or tail[:4] != _DESCRIPTOR or any(tail[at : at + 4] != bytes(4) for at in (4, entry + 16)):
+    entry = _entry_of_the_storage(tail)
+    if entry is None or tail[:4] != _DESCRIPTOR:
         return None
-    return _Frame(head, tail, (_CRC_IN_DESCRIPTOR, entry + _CRC_IN_ENTRY))
+    crc_at = (_CRC_IN_DESCRIPTOR, entry + _CRC_IN_ENTRY)
+    return _Frame(head, tail, crc_at) if all(tail[at : at + 4] == bytes(4) for at in crc_at) else None
 
 
-def _first_entry(written: list[bytes], cut: int) -> int:
-    """Which write begins the archive's directory."""
-    return next((number for number in range(cut, len(written)) if written[number].startswith(_ENTRY)), len(written))
-
-
-def _entry_of_the_storage(tail: bytes, at: int) -> int | None:
-    """Where the directory speaks of the tensor's bytes; None if it is not understood."""
+def _entry_of_the_storage(tail: bytes) -> int | None:
+    """Where the archive's directory speaks of the tensor's bytes; None if it is not understood."""
+    at = max(0, tail.find(_ENTRY))  # what lies before it is a version and an identity, in digits
     while tail[at : at + 4] == _ENTRY and at + _ENTRY_HEAD.size <= len(tail):
         fields = _ENTRY_HEAD.unpack_from(tail, at)
         name_bytes, extra_bytes, comment_bytes = fields[10:13]
@@ -160,17 +155,11 @@ def _entry_of_the_storage(tail: bytes, at: int) -> int | None:
     return None
 
 
+@functools.cache
 def _crc32() -> Callable[[memoryview], int]:
     """The quickest that is there. All of them let go of the interpreter's lock."""
-    global _checksum
-    if _checksum is None:
-        try:
-            from fastcrc.crc32 import iso_hdlc
-        except ImportError:
-            _checksum = zlib.crc32
-        else:
-            _checksum = iso_hdlc
-    return _checksum
-
-
-_checksum: Callable[[memoryview], int] | None = None
+    try:
+        from fastcrc.crc32 import iso_hdlc
+    except ImportError:
+        return zlib.crc32
+    return iso_hdlc

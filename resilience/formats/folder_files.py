@@ -86,16 +86,19 @@ class Written:
         return asdict(self)
 
 
-def agree_on_save(share: RankShare, meta: SaveMeta, agreements: Agreements) -> dict[str, str]:
-    """Which tensors of its own this rank writes under their plain names: as the "only" holder, or as the "first".
+def agree_on_save(share: RankShare, meta: SaveMeta, agreements: Agreements) -> tuple[list[Chunk], list[Chunk]]:
+    """This rank's chunks: those that it keeps for itself alone, and those that are written under their plain names.
 
-    Collective. SaveFailedError on all ranks if they save different things, or one of them is not ready.
+    One that several ranks have as their own is both on the first of them. Collective. SaveFailedError on all ranks if
+    they save different things, or one of them is not ready.
     """
     prepared = exchange(agreements, lambda: _prepare(share.chunks, meta, agreements.size), "prepare")
     if any(answer["save"] != prepared[0]["save"] for answer in prepared):
         raise SaveFailedError(f"Ranks save different things: {[answer['save'] for answer in prepared][:8]}.")
     plain = plain_names([answer["alone"] for answer in prepared])
-    return {key: "only" if only else "first" for key, (rank, only) in plain.items() if rank == agreements.rank}
+    mine = {key: only for key, (rank, only) in plain.items() if rank == agreements.rank}
+    alone = [chunk for chunk in share.chunks if chunk.per_rank and not mine.get(chunk.key, False)]
+    return alone, [chunk for chunk in share.chunks if not chunk.per_rank or chunk.key in mine]
 
 
 def _prepare(chunks: Sequence[Chunk], meta: SaveMeta, size: int) -> dict[str, Any]:

@@ -10,40 +10,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from resilience.formats.dcp_assemble import WrittenFile, WrittenObject, plan_of
+from resilience.formats.kept import Kept
 
 __all__ = ["KeptPlan", "brief_of"]
-
-_PLANS = 2  # a persistent directory and a non-persistent one may be saved in turn
 
 
 @dataclass
 class _Plan:
-    """`files` and `metadata` on rank 0 only."""
+    """Both on rank 0 only."""
 
-    structures: tuple[str, ...]
     files: Sequence[WrittenFile] = ()
     metadata: Metadata | None = None
 
 
-@dataclass
 class KeptPlan:
     """The last plans of one series of saves; the same ones on all ranks."""
 
-    _plans: list[_Plan] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._kept: Kept[_Plan] = Kept()
 
     def knows(self, briefs: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these ranks' files have a structure that is known. Equal on all ranks."""
-        return self._find(briefs) is not None
+        return self._kept.find(_structures(briefs)) is not None
 
     def remember(self, briefs: Sequence[Mapping[str, Any]], files: Sequence[WrittenFile]) -> None:
         """Keep what all ranks told; `files` on rank 0."""
-        self._plans = [_Plan(_structures(briefs), files), *self._plans][:_PLANS]
+        self._kept.remember(_structures(briefs), _Plan(files))
 
     def files(self, briefs: Sequence[Mapping[str, Any]]) -> list[WrittenFile]:
         """What the ranks wrote, from their briefs. Rank 0."""
@@ -61,11 +59,8 @@ class KeptPlan:
 
         return once
 
-    def _find(self, briefs: Sequence[Mapping[str, Any]]) -> _Plan | None:
-        return next((plan for plan in self._plans if plan.structures == _structures(briefs)), None)
-
     def _known(self, briefs: Sequence[Mapping[str, Any]]) -> _Plan:
-        plan = self._find(briefs)
+        plan = self._kept.find(_structures(briefs))
         assert plan is not None, "asked for after `knows` or `remember`"
         return plan
 

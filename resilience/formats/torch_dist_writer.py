@@ -51,9 +51,7 @@ def write_checkpoint(
     kept: KeptPlan | None = None,
 ) -> None:
     """See `CheckpointFormat.save`. Collective over `agreements`. `kept`: of a series whose structure stays the same."""
-    plain = agree_on_save(share, meta, agreements)
-    alone = [chunk for chunk in share.chunks if chunk.per_rank and plain.get(chunk.key) != "only"]
-    shared = [chunk for chunk in share.chunks if not chunk.per_rank or chunk.key in plain]
+    alone, shared = agree_on_save(share, meta, agreements)
     beside: dict[NestedPath, Any] = {}
 
     data: list[WrittenFile] = []

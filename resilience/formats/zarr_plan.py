@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from resilience.errors import LayoutMismatchError, SaveFailedError
 from resilience.formats.collective import exchange
+from resilience.formats.kept import Kept
 from resilience.formats.keys import stored_key
 from resilience.formats.protocol import Chunk
 from resilience.formats.zarr_chunks import Given, Plan, plan_chunks
@@ -22,9 +23,7 @@ from resilience.formats.zarr_metadata import ZarrArray, folder_of, storage_dtype
 from resilience.replication.communicator import Agreements
 from resilience.state.tensors import dtype_name
 
-__all__ = ["KeptGrids", "Planned", "plan_grids"]
-
-_PLANS = 2  # a persistent directory and a non-persistent one may be saved in turn
+__all__ = ["Planned", "plan_grids"]
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,8 @@ class Planned:
     aliases: Mapping[str, str]
 
 
-@dataclass
-class KeptGrids:
-    """The last plans of one series of saves, by the digests of all ranks; the same ones on all ranks."""
-
-    _plans: dict[tuple[str, ...], Planned] = field(default_factory=dict)
-
-    def find(self, structures: tuple[str, ...]) -> Planned | None:
-        return self._plans.get(structures)
-
-    def remember(self, structures: tuple[str, ...], planned: Planned) -> None:
-        self._plans[structures] = planned
-        while len(self._plans) > _PLANS:
-            self._plans.pop(next(iter(self._plans)))
-
-
 def plan_grids(
-    shared: Sequence[Chunk], aliases: Mapping[str, str], agreements: Agreements, kept: KeptGrids | None
+    shared: Sequence[Chunk], aliases: Mapping[str, str], agreements: Agreements, kept: Kept[Planned] | None
 ) -> Planned:
     """Collective. SaveFailedError on all ranks if the parts do not fit together; then nothing is remembered."""
     own_aliases = {stored_key(alias): stored_key(root) for alias, root in aliases.items()}

@@ -20,7 +20,8 @@ from resilience.stores.filesystem import FileSystem
 from resilience.stores.shared_inventory import folder_problem, read_folder
 
 if TYPE_CHECKING:
-    from resilience.formats.zarr_plan import KeptGrids
+    from resilience.formats.kept import Kept
+    from resilience.formats.zarr_plan import Planned
     from resilience.replication.communicator import Agreements
 
 __all__ = ["NAME", "ZarrV3"]
@@ -34,13 +35,13 @@ class ZarrV3:
 
     name = NAME
 
-    def __init__(self, kept: KeptGrids | None = None) -> None:
+    def __init__(self, kept: Kept[Planned] | None = None) -> None:
         self._kept = kept
 
     def keeping_plans(self) -> ZarrV3:
-        from resilience.formats.zarr_plan import KeptGrids
+        from resilience.formats.kept import Kept
 
-        return ZarrV3(KeptGrids())
+        return ZarrV3(Kept())
 
     def save(
         self,

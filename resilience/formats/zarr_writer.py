@@ -31,6 +31,7 @@ from resilience.formats.folder_files import (
     write_own_files,
     write_small_files,
 )
+from resilience.formats.kept import Kept
 from resilience.formats.protocol import Chunk, RankShare, SaveMeta
 from resilience.formats.rank_object import own_object
 from resilience.formats.zarr_checksum import checksum
@@ -44,7 +45,7 @@ from resilience.formats.zarr_metadata import (
     group_document,
 )
 from resilience.formats.zarr_names import SPILL, object_file
-from resilience.formats.zarr_plan import KeptGrids, plan_grids
+from resilience.formats.zarr_plan import Planned, plan_grids
 from resilience.replication.communicator import Agreements
 from resilience.state.tensors import byte_view
 from resilience.stores.filesystem import TEMPORARY_PREFIX, FileSystem
@@ -62,12 +63,10 @@ def write_checkpoint(
     meta: SaveMeta,
     agreements: Agreements,
     fs: FileSystem,
-    kept: KeptGrids | None = None,
+    kept: Kept[Planned] | None = None,
 ) -> None:
     """See `CheckpointFormat.save`. Collective over `agreements`. `kept`: of a series whose structure stays the same."""
-    plain = agree_on_save(share, meta, agreements)
-    alone = [chunk for chunk in share.chunks if chunk.per_rank and plain.get(chunk.key) != "only"]
-    shared = [chunk for chunk in share.chunks if not chunk.per_rank or chunk.key in plain]
+    alone, shared = agree_on_save(share, meta, agreements)
     planned = plan_grids(shared, share.aliases, agreements, kept)
     plan, arrays = planned.plan, planned.arrays
     described: dict[str, Written] = {}

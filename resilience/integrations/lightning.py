@@ -120,10 +120,6 @@ class Protection(_Callback):
             raise RuntimeError("the loader is drawn from outside of fit")
         return next(self._batches)
 
-    @property
-    def _drawn_in_epoch(self) -> int:
-        return self.resilient.position_in_epoch
-
 
 def _refuse_what_would_not_go_on(trainer: Any) -> None:
     """What would train in silence as no unprotected run does, or go on somewhere else."""
@@ -163,7 +159,7 @@ class _Epochs:
         return self._batches
 
     def __iter__(self) -> Iterator[Any]:
-        seen = self._protection._drawn_in_epoch % self._batches
+        seen = self._protection.resilient.position_in_epoch % self._batches
         for _ in range(self._batches - seen):
             yield self._protection._next()
 

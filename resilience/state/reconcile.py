@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resilience.errors import CorruptCopyError, in_short
+from resilience.errors import CorruptCopyError
 from resilience.state.strict_json import json_of
 from resilience.state.tree import path_component
 
@@ -113,10 +113,7 @@ def _same_length(one: Any, other: Any) -> bool:
 
 
 def _object(values: bytes) -> dict[str, Any]:
-    try:
-        tree = json_of(values)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCopyError(f"The values of a save do not parse ({in_short(error)}).") from error
+    tree = json_of(values)
     if not _plain(tree):
         raise CorruptCopyError("The values of a save are no tree of a training state.")
     return dict(tree)

@@ -7,7 +7,6 @@ The bytes come from a file or from a peer: whatever is wrong with them ends in C
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 import struct
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from resilience.errors import CorruptCopyError
-from resilience.state.strict_json import finite, no_constant
+from resilience.state.strict_json import json_of, not_parsed
 from resilience.state.tensors import DTYPES, TensorRef
 
 #: Containers within containers; what training state needs is about ten.
@@ -64,12 +63,11 @@ def decode(values: bytes, resolve: Callable[[str], torch.Tensor]) -> Any:
 def decode_with(values: bytes, leaf: Callable[[TensorRef], Any]) -> Any:
     """Read the tree with `leaf(ref)` in each tensor's place."""
     try:
-        written = json.loads(values, object_pairs_hook=_object, parse_constant=no_constant, parse_float=finite)
-        return _Decoder(leaf).decode(written, 0)
+        return _Decoder(leaf).decode(json_of(values, _object), 0)
     except CorruptCopyError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CorruptCopyError(f"The values of a save do not parse ({type(error).__name__}: {error}).") from error
+        raise not_parsed(error) from error
 
 
 def finished(ref: TensorRef, tensor: torch.Tensor) -> Any:
