@@ -12,12 +12,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 
 from benchmarks import figures as told
+from benchmarks.device_figures import device_figures, measure_device
 from benchmarks.persistent_figures import persistent_figures
 from benchmarks.persistent_rounds import measure_persistent
 from benchmarks.report import document, table, write
@@ -31,13 +33,14 @@ from benchmarks.rounds import (
 )
 from benchmarks.settings import FULL, QUICK, Settings
 
-_PARTS: Final = ("imports", "planning", "boundaries", "restores", "redundancy", "persistent", "saves")
+_PARTS: Final = ("imports", "planning", "boundaries", "restores", "redundancy", "persistent", "device", "saves")
 _MOUNT: Final = Path("/dev/shm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     settings = QUICK if options.quick else FULL
+    settings = settings if options.rounds is None else replace(settings, rounds=options.rounds)
     parts = [part for part in _PARTS if not options.only or part in options.only]
     load = os.getloadavg()
     if load[0] > 1.0 and not options.quick:
@@ -92,6 +95,11 @@ def _persistent(settings: Settings, directory: Path, options: argparse.Namespace
     return found, persistent_figures(found)
 
 
+def _device(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_device(settings, directory, _say)
+    return found, device_figures(found)
+
+
 _Part = Callable[[Settings, Path, argparse.Namespace], tuple[Any, list[told.Figure]]]
 _PART: Final[dict[str, _Part]] = {
     "imports": _imports,
@@ -100,6 +108,7 @@ _PART: Final[dict[str, _Part]] = {
     "restores": _restores,
     "redundancy": _redundancy,
     "persistent": _persistent,
+    "device": _device,
     "saves": _saves,
 }
 
@@ -108,6 +117,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for figures.json and figures.txt")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, its figures say nothing")
+    parser.add_argument("--rounds", type=int, help="how often each thing is measured (default: 20, or less)")
     parser.add_argument("--only", action="append", choices=_PARTS, help="measure only this part (repeatable)")
     parser.add_argument("--without-nvrx", action="store_true", help="do not make an environment for NVRx")
     return parser.parse_args(arguments)

@@ -35,6 +35,7 @@ _ROLES: Final = {
     "restores": "benchmarks.restores",
     "boundaries": "benchmarks.boundaries",
     "redundancy": "benchmarks.redundancy",
+    "device": "benchmarks.device",
 }
 
 

@@ -114,7 +114,7 @@ def _rules() -> str:
 def _not_yet() -> str:
     """The sentences of the refusals themselves: every value that a configuration accepts and a start refuses."""
     resiliencies: list[dict[str, Any]] = [
-        {"snapshot_mode": "overlapped"},
+        {"cadence": "auto"},
     ]
     refusals: list[ConfigError] = []
     for given in resiliencies:

@@ -159,6 +159,7 @@ class ResiliencyController:
         if self._stepped_at is not None:
             ledger.step_s = self.clock.now() - self._stepped_at
         self.iteration = ledger.iteration = iteration
+        ledger.join()
         self._tell_step(iteration)
         self.state.train_state.step = iteration
         if not ledger.parted:
@@ -193,6 +194,7 @@ class ResiliencyController:
         a save any more, since this one cannot.
         """
         _, ledger = self._running()
+        ledger.join()
         ledger.collect()
         if not ledger.parted:
             ledger.speak(leaving=True)
@@ -220,6 +222,7 @@ class ResiliencyController:
                 f"save was called with iteration {iteration!r}, but {self.iteration} are finished.",
                 advice="Save at a boundary: right after after_step, with its iteration.",
             )
+        ledger.join()
         ledger.collect()
         if iteration == self._last_saved:
             generation = self._attempt().generation
@@ -253,6 +256,7 @@ class ResiliencyController:
     def finish(self) -> None:
         """The loop completed: settle, note it, and free node memory as configured. Collective."""
         saving, ledger = self._running()
+        ledger.join()
         if self._lacks_last_save(ledger):
             ledger.collect()
             self._take(self.iteration, Due(False, True, False), final=True)
@@ -305,7 +309,9 @@ class ResiliencyController:
 
     def wait_idle(self, bound_s: float) -> None:
         """Until this rank's background work is done, at most `bound_s`. Local."""
-        self._running()[0].lanes.wait_idle(bound_s)
+        saving, ledger = self._running()
+        ledger.join()
+        saving.lanes.wait_idle(bound_s)
 
     def asked_from_outside(self) -> str:
         """What `resilience request` left in this node's directory: "stop", "save" or "". Local; any thread."""

@@ -109,6 +109,7 @@ class Ledger:
 
         Once nothing moved on any rank for longer than any peer is waited for: which saves wait for what, on all ranks.
         """
+        self.join()
         saving, stillness = self._saving, Stillness(self._clock.now)
         bound_s = STILL_BOUNDS * self._resiliency.exchange_timeout_s
         while not self.parted:
@@ -122,6 +123,12 @@ class Ledger:
             if agreed.idle_us > bound_s * 1e6:
                 return f"No save moved for {bound_s:g} s: {unsettled(self.book, saving.lanes.running())}."
         return ""
+
+    def join(self) -> None:
+        """Before the state may change: what is still being copied of it. What that cost is part of the save's stall."""
+        waited_s = self._saving.join()
+        if waited_s and self.stalls:
+            self.stalls[-1] += waited_s
 
     def settle_or_tell(self) -> None:
         """Before an end: what does not settle is told, and the end comes all the same."""

@@ -46,7 +46,7 @@ def test_an_interval_without_a_directory_would_save_nothing_and_is_refused_at_th
 @pytest.mark.parametrize(
     ("checkpoint", "resiliency", "field"),
     [
-        ({}, {"snapshot_mode": "overlapped"}, "resiliency.snapshot_mode"),
+        ({}, {"cadence": "auto"}, "resiliency.cadence"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_at_the_start(

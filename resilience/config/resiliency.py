@@ -69,7 +69,9 @@ class ResiliencyConfig:
 
     # saving
     snapshot_mode: Literal["eager", "overlapped"] = setting(
-        "eager", "`eager` copies at the boundary; `overlapped` copies during the next forward and backward."
+        "eager",
+        "`eager` copies at the boundary; `overlapped` copies parameters and optimizer state during the next forward "
+        "and backward, and makes the optimizer's step wait for it.",
     )
     non_persistent_sync: bool = setting(False, "A `local` or `in_memory` save returns when it is committed.")
     redundancy: Literal["replica", "xor", "rs"] = setting(

@@ -84,13 +84,6 @@ def unsupported(checkpoint: CheckpointConfig, resiliency: ResiliencyConfig) -> l
     if checkpoint.ckpt_format == "zarr" and find_spec("google_crc32c") is None:
         says = 'checkpoint.ckpt_format: "zarr" needs packages that are not installed here.'
         found.append(ConfigError(says, advice="Install them: pip install torch-resilience[zarr]"))
-    if resiliency.snapshot_mode != "eager":
-        refuse(
-            "resiliency.snapshot_mode",
-            resiliency.snapshot_mode,
-            "a snapshot is copied at the boundary, not during the next step",
-            'Use snapshot_mode="eager".',
-        )
     if resiliency.cadence == "auto" and resiliency.mtbf_hours is None:
         refuse(
             "resiliency.cadence",

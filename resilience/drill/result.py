@@ -119,7 +119,8 @@ def stall_per_save(events: Sequence[Event]) -> float | None:
     """Median over saves of the longest wait of any rank, in seconds."""
     worst: dict[tuple[int, str], float] = {}
     for event in events:
-        if event["event"] == "snapshot" and event.get("stall_s") is not None and event.get("iteration") is not None:
+        told = event["event"] in ("snapshot", "joined") and event.get("stall_s") is not None
+        if told and event.get("iteration") is not None:
             key = (int(event["iteration"]), str(event.get("attempt", "")))
             worst[key] = max(worst.get(key, 0.0), float(event["stall_s"]))
     return median(worst.values()) if worst else None

@@ -42,6 +42,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "seconds": _NUMBER,
     "step_s": _NUMBER,
     "stall_s": _NUMBER,
+    "waited_s": _NUMBER,
     "bytes": (int,),
     "retrieved_bytes": (int,),
     "own_copies": (int,),

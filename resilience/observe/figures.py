@@ -33,6 +33,10 @@ class Histogram:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
+    def lengthen(self, seconds: float) -> None:
+        """The newest one lasted longer than was said. Only in the sum: a bucket never loses what it counted."""
+        self.total += seconds
+
     @property
     def count(self) -> int:
         return sum(self.counts)
@@ -127,6 +131,10 @@ def _snapshot(figures: Figures, event: Event) -> None:
         del figures._snapshots[next(iter(figures._snapshots))]
 
 
+def _joined(figures: Figures, event: Event) -> None:
+    figures.stall.lengthen(float(event.get("waited_s") or 0.0))
+
+
 def _committed(figures: Figures, event: Event) -> None:
     """A commit on a node says no duration: it is counted from the snapshot on."""
     seconds, began = event.get("seconds"), figures._snapshots.get(int(event["iteration"]))
@@ -187,6 +195,7 @@ _NOTES: dict[str, Callable[[Figures, Event], None]] = {
     "resume": _resume,
     "step": _step,
     "snapshot": _snapshot,
+    "joined": _joined,
     "committed": _committed,
     "protected": _protected,
     "complete": _complete,

@@ -216,6 +216,12 @@ class JobView:
         attempt.waited += stall_s
         self._saved_at.append(int(event["iteration"]))
 
+    def _joined(self, attempt: _Attempt, event: Event) -> None:
+        waited_s = float(event.get("waited_s") or 0.0)
+        attempt.waited += waited_s
+        if self.stalls:
+            self.stalls[-1] += waited_s
+
     def _complete(self, attempt: _Attempt, event: Event) -> None:
         tier, iteration = str(event.get("tier")), int(event["iteration"])
         self._keep("complete", iteration, tier, float(event["t"]))
@@ -254,6 +260,7 @@ _NOTES: Final[dict[str, Callable[[JobView, _Attempt, Event], None]]] = {
     "resume": JobView._loaded,
     "step": JobView._step,
     "snapshot": JobView._snapshot,
+    "joined": JobView._joined,
     "complete": JobView._complete,
     "replicated": JobView._replicated,
     "save_failed": JobView._failed,

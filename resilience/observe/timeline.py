@@ -338,7 +338,7 @@ def _saves(events: Iterable[Event]) -> list[Save]:
     for event in events:
         kind = event["event"]
         if (
-            kind not in ("snapshot", "complete", "protected", "committed", "save_failed")
+            kind not in ("snapshot", "joined", "complete", "protected", "committed", "save_failed")
             or event.get("iteration") is None
         ):
             continue
@@ -351,6 +351,8 @@ def _saves(events: Iterable[Event]) -> list[Save]:
             save.tiers = tuple(dict.fromkeys((*save.tiers, *map(str, event.get("tiers") or ()))))
             save.stall_s = max(save.stall_s, float(event.get("stall_s") or 0.0))
             save.bytes += int(event.get("bytes") or 0)
+        elif kind == "joined":
+            save.stall_s = max(save.stall_s, float(event.get("stall_s") or 0.0))
         elif kind == "save_failed":
             save.failed_on.append((str(event["node"]), str(event.get("error"))))
         elif kind == "complete":
@@ -385,7 +387,7 @@ def spent_of(events: Sequence[Event]) -> Spent:
             before[_process(event)] = float(event["t"])
             seconds[key].append(min(since, float(event["step_s"])) if event.get("step_s") is not None else since)
             last_done[key[1]] = key[0]
-        elif event["event"] == "snapshot" and event.get("stall_s") is not None:
+        elif event["event"] in ("snapshot", "joined") and event.get("stall_s") is not None:
             stalls[key] = max(stalls.get(key, 0.0), float(event["stall_s"]))
     useful = again = stalled = 0.0
     for key, of_ranks in seconds.items():

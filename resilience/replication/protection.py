@@ -20,6 +20,7 @@ from resilience.replication.communicator import Agreements
 from resilience.replication.redundancy import Redundancy, UnequalCopiesError
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
+from resilience.snapshot.copying import DONE, Copy
 from resilience.snapshot.equality import Sample
 from resilience.snapshot.twins import Twin
 from resilience.stores.digest import SegmentedDigest, segments
@@ -46,6 +47,7 @@ class SaveJob:
     layout_id: int = 0  # of the arena, and what of it a holder that composed the others' bytes needs
     rest: tuple[Range, ...] = ()
     twins: dict[int, Twin] = field(default_factory=dict)  # by owner: replicas that this rank composed
+    copy: Copy = DONE  # of the arena and the twins, which are not to be read before it is over
 
 
 class Board:
@@ -110,8 +112,11 @@ class Protection:
 
     def run(self, job: SaveJob) -> None:
         """Take one save through all its steps."""
+        spoiled = job.copy.wait()
+        if spoiled:
+            self._discard_twins(job)  # which are as bad; the others' shards come whole
         began, before = self._now(), self._traffic
-        attempt = _Attempt(self, job)
+        attempt = _Attempt(self, job, spoiled=spoiled)
         try:
             if self._exchange is not None and self._exchange.settles_first:
                 attempt.settle()
@@ -126,11 +131,14 @@ class Protection:
             else:
                 self._finish(job, began, before, missing)
         finally:
-            for owner, twin in job.twins.items():  # that no exchange took charge of
-                self._keeper.discard(owner, twin.slot, reusable=True)
-            job.twins.clear()
+            self._discard_twins(job)  # that no exchange took charge of
             if job.arena is not None:
                 self._keeper.unpin(job.arena)
+
+    def _discard_twins(self, job: SaveJob) -> None:
+        for owner, twin in job.twins.items():
+            self._keeper.discard(owner, twin.slot, reusable=True)
+        job.twins.clear()
 
     def take_doubt(self) -> str:
         """Once: why the save that comes next must fail."""
@@ -231,14 +239,16 @@ class Protection:
 class _Attempt:
     """One run of a job: the steps that must happen once, whichever way the exchange goes."""
 
-    def __init__(self, protection: Protection, job: SaveJob, committed: str = "") -> None:
+    def __init__(self, protection: Protection, job: SaveJob, committed: str = "", spoiled: str = "") -> None:
+        """`spoiled`: why the arena, which was to hold the snapshot, does not."""
         self._protection = protection
         self._job = job
         self._committed = committed
         self._voted = bool(committed)
         self._digest: str | None = committed or None
         self.error = ""
-        self.sendable = bool(committed) or (job.arena is not None and job.healthy)
+        self._spoiled = spoiled
+        self.sendable = bool(committed) or (job.arena is not None and job.healthy and not spoiled)
 
     def lacks(self, kept: Kept) -> bool:
         """Whether this rank is still to have it."""
@@ -261,15 +271,15 @@ class _Attempt:
 
     def _vote(self) -> None:
         job, group = self._job, self._protection.group
-        problem = job.error or ("" if job.healthy else UNHEALTHY) or self._protection.take_doubt()
+        problem = job.error or self._spoiled or ("" if job.healthy else UNHEALTHY) or self._protection.take_doubt()
         digest = None
-        if job.arena is not None:
+        if job.arena is not None and not self._spoiled:
             hasher = SegmentedDigest(self._protection.keeper.store.seal.digest_algorithm)
             for start, stop in segments(job.arena.nbytes):
                 hasher.add(job.arena.mapped.view[start:stop])
             digest = hasher.value()
         failed = bool(problem) or digest is None
-        seen = job.sample.fingerprint() if job.sample is not None else 0
+        seen = job.sample.fingerprint() if job.sample is not None and not self._spoiled else 0
         try:
             any_failed, highest, lowest = group.maximum([int(failed), seen, -seen])
         except ResilienceError as error:

@@ -28,6 +28,7 @@ from resilience.replication.protection import UNEQUAL, UNHEALTHY, Board
 from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
 from resilience.saving.wish import Snapshot, Wish
+from resilience.snapshot.copying import DONE, Copy
 from resilience.snapshot.equality import Across, Sample
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.tokenizer import tokenizer_files
@@ -79,8 +80,8 @@ class Drain:
         """Hand over one agreed save. `snapshot` None: it failed here (`problem` says why), and all must learn of it."""
         self._tiers[save] = "persistent" if wish.persistent else "global"
         job = self._job(save, wish, snapshot, log, keep_persistent, problem)
-        sample = snapshot.job.sample if snapshot else None
-        self.lane.submit(f"drain {save.iteration}", lambda: self._run(job, sample))
+        sample, copy = (snapshot.job.sample, snapshot.job.copy) if snapshot else (None, DONE)
+        self.lane.submit(f"drain {save.iteration}", lambda: self._run(job, sample, copy))
 
     def tier_of(self, save: SaveId) -> Tier:
         return self._tiers.get(save, "persistent")
@@ -175,8 +176,11 @@ class Drain:
             return replace(job, error=job.error or UNEQUAL)
         return job
 
-    def _run(self, job: DrainJob, sample: Sample | None) -> None:
+    def _run(self, job: DrainJob, sample: Sample | None, copy: Copy) -> None:
         """In the drain lane; collective over all ranks' drain lanes."""
+        spoiled = copy.wait()
+        if spoiled:
+            job, sample = replace(job, error=job.error or spoiled), None
         began = self._clock.now()
         slot = drain_slot(job.save)
         try:

@@ -25,15 +25,23 @@ _IN_GLOO = (
 
 
 class Lanes:
-    """`protect`: saves on nodes. `drain`: to shared storage. `tidy`: certificates, deletions. `reserve`: buffers."""
+    """`protect`: saves on nodes. `drain`: to shared storage. `tidy`: certificates, deletions. `reserve`: buffers.
 
-    def __init__(self, tell: Callable[..., None], threads: Threads = SYSTEM_THREADS) -> None:
+    `copy`, if snapshots are `overlapped`: them.
+    """
+
+    def __init__(
+        self, tell: Callable[..., None], threads: Threads = SYSTEM_THREADS, *, overlapped: bool = False
+    ) -> None:
         self._tell = tell
         self.protect = Lane("protect", self._failed, threads)
         self.drain = Lane("drain", self._failed, threads)
         self.tidy = Lane("tidy", self._failed, threads)
         self.reserve = Lane("reserve", self._failed, threads)
+        self.copy = Lane("copy", self._failed, threads) if overlapped else None
         self._all: tuple[Lane, ...] = (self.protect, self.drain, self.tidy, self.reserve)
+        if self.copy is not None:
+            self._all = (self.copy, *self._all)  # first: others wait for what it does
         self.give_up: Callable[[], None] = lambda: None  # called before the lanes are to end
         self._ended = False
         self.exit_status = 0  # with which the process is to end, should a thread be stuck then
@@ -61,7 +69,8 @@ class Lanes:
         self.exit_status = self.exit_status or int(failed)
         self.give_up()
         for lane in self._all:
-            lane.close(_FAILED_CLOSE_BOUND_S if failed else CLOSE_BOUND_S, drop=failed)
+            drop = failed and lane is not self.copy  # a copy that was begun is waited for in other lanes
+            lane.close(_FAILED_CLOSE_BOUND_S if failed else CLOSE_BOUND_S, drop=drop)
 
     def ended(self, *, failed: bool) -> bool:
         """Whether all threads are over, after one more bound; whatever waited for a peer was woken before."""

@@ -34,7 +34,9 @@ from resilience.saving.progress import Stillness
 from resilience.saving.replicas import Replicas
 from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
+from resilience.snapshot.copying import DONE, Copying, Part
 from resilience.snapshot.layout import ShardIdentity
+from resilience.snapshot.overlap import Overlap, refuse_overlap
 from resilience.snapshot.planner import PlanGroups, SnapshotPlanner
 from resilience.snapshot.twins import Twin, Twins, rest_for
 from resilience.state.items import Collected
@@ -45,6 +47,7 @@ from resilience.stores.keeper import ShardKeeper
 __all__ = ["Saving", "Wish"]
 
 _LOOK_S = 1.0
+_WORTH_A_WORD_S = 1e-4
 
 
 class Saving:
@@ -83,7 +86,13 @@ class Saving:
         self._budgeted = False
         self._turn = 0
         self._rest: tuple[Range, ...] = ()  # what of this rank's shard a holder that composes it needs
-        self.lanes = lanes = Lanes(tell, start.threads)
+        overlapped = resiliency.snapshot_mode == "overlapped"
+        if overlapped:
+            refuse_overlap(state)
+        self.lanes = lanes = Lanes(tell, start.threads, overlapped=overlapped)
+        self._copying = Copying(lanes.copy, start.threads, tell)
+        self._overlap = Overlap(state, self._copying, tell, clock.now) if overlapped else None
+        self._begun: SaveReport | None = None  # of the newest snapshot
         self.afterwards = Afterwards(start, log, lanes, fs, tell)
         self._groups: list[Agreements] = [self._plan_groups.own]
         if self._plan_groups.leaders is not None:
@@ -98,6 +107,8 @@ class Saving:
             self._twins = Twins(members, start.threads) if resiliency.replicas_from == "live" else None
             self.replicas = Replicas(start, start.keeper, equality, self.board, lanes.protect, clock, tell, self._twins)
             self._reservation = Reservation(start.keeper, lanes.reserve, tell)
+            if any(device.type == "cuda" for device in state.devices):
+                start.keeper.prepare = self._copying.prepare
             lanes.give_up = self._reservation.stop
         self._budget = Budget(
             start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena,
@@ -223,7 +234,7 @@ class Saving:
         return drained_now or (due.non_persistent and self._resiliency.non_persistent_sync)
 
     def take(self, save: SaveId, wish: Wish, began: float) -> SaveReport:
-        """Snapshot this rank's state and hand it to the lanes. Collective when a new plan must be made.
+        """Snapshot this rank's state, or begin to, and hand it to the lanes. Collective when a new plan must be made.
 
         A failure here is this rank's part of the save failing, unless no plan could be made at all: that is raised.
         """
@@ -249,16 +260,23 @@ class Saving:
         self._hand_over(save, wish, snapshot, problem)
         self._reserve()
         report = self._finish_take(save, wish, stall_s, snapshot, problem, began)
-        tiers = list(report.tiers)
         self.tell(
-            "snapshot",
-            iteration=save.iteration,
-            kind=report.kind,
-            tiers=tiers,
-            stall_s=report.stall_s,
+            "snapshot", iteration=save.iteration, kind=report.kind, tiers=list(report.tiers), stall_s=report.stall_s,
             bytes=report.bytes,
-        )
+        )  # fmt: skip
+        self._begun = report
         return report
+
+    def join(self) -> float:
+        """Before the state may change: what is still being copied of it. Returns for how long training waited for that,
+        here and before the optimizer's step."""
+        if self._overlap is None:
+            return 0.0
+        self._overlap.join()
+        waited_s, begun = self._overlap.take_waited(), self._begun
+        if waited_s >= _WORTH_A_WORD_S and begun is not None:
+            self.tell("joined", iteration=begun.iteration, stall_s=begun.stall_s + waited_s, waited_s=waited_s)
+        return waited_s
 
     def _plan(self, collected: Collected | ResilienceError) -> str:
         """Make a plan; collective. Returns why there is none.
@@ -291,30 +309,41 @@ class Saving:
         arena = keeper.take_arena(
             layout.nbytes, self._capacity, self._resiliency.exchange_timeout_s / 2, held_count=self._file_is_arena
         )
+        composed: dict[int, tuple[Twin, Part]] = {}
         try:
-            self._planner.fill(collected, arena)
+            healthy = self._state.healthy is None or bool(self._state.healthy())
             identity = ShardIdentity(
                 self._start.run_id, save.attempt, save.generation, save.iteration, job.rank, job.world_size,
                 len(collected.values),
             )  # fmt: skip
-            arena.seal(identity)
-            sample = self._planner.sample(collected, self._turn)
-            healthy = self._state.healthy is None or bool(self._state.healthy())
-            twins = self._compose(collected, keeper) if wish.on_nodes else {}
+            own = self._planner.part(collected, arena)
+            composed = self._compose(collected, keeper) if wish.on_nodes else {}
+            sample, pairs = self._planner.sample(collected, self._turn)
+            parts = [own, *(part for _, part in composed.values())]
+            copy, seal = DONE, lambda: arena.seal(identity)
+            if self._overlap is not None and self._overlap.works and not self._is_waited_for(wish):
+                copy = self._overlap.start(parts, collected.items, sample, pairs, seal)
+            else:
+                self._copying.start(parts, pairs, seal)
         except BaseException:
+            for owner, (twin, _) in composed.items():
+                keeper.discard(owner, twin.slot, reusable=True)
             keeper.unpin(arena)
             raise
+        twins = {owner: twin for owner, (twin, _) in composed.items()}
         if wish.on_nodes and wish.drain:
             keeper.pin(arena)
-        job_of_it = SaveJob(save, arena, sample, self._planner.split, healthy, "", layout.layout_id, self._rest, twins)
+        job_of_it = SaveJob(
+            save, arena, sample, self._planner.split, healthy, "", layout.layout_id, self._rest, twins, copy
+        )  # fmt: skip
         return Snapshot(arena, collected, job_of_it, self._planner.across)
 
-    def _compose(self, collected: Collected, keeper: ShardKeeper) -> dict[int, Twin]:
+    def _compose(self, collected: Collected, keeper: ShardKeeper) -> dict[int, tuple[Twin, Part]]:
         """Replicas of others' shards, as far as this rank has the same; nothing where they come over the network."""
         if self._twins is None or self._planner.layout is None:
             return {}
         self._rest = rest_for(self._planner.layout)
-        return self._twins.fill(self._planner.layout, collected.items, self._planner.shared, keeper.warm_slot)
+        return self._twins.compose(self._planner.layout, collected.items, self._planner.shared, keeper.warm_slot)
 
     def _reserve(self) -> None:
         """Have the buffers of all saves to come made in the background: the training thread's own first."""
@@ -344,12 +373,19 @@ class Saving:
     def _finish_take(
         self, save: SaveId, wish: Wish, stall_s: float, snapshot: Snapshot | None, problem: str, began: float
     ) -> SaveReport:
-        if wish.drain and not (wish.persistent and self._checkpoint.async_save):
+        if self._waits_for_drain(wish):
             self._wait_for(self.lanes.drain, save)
         if wish.on_nodes and self._resiliency.non_persistent_sync:
             self._wait_for(self.lanes.protect, save)
         report = self.report(save, wish, max(stall_s, self._clock.now() - began), self._state_of(save, wish, problem))
         return replace(report, bytes=snapshot.arena.nbytes if snapshot else 0, error=problem or self._error(save))
+
+    def _is_waited_for(self, wish: Wish) -> bool:
+        """Whether training waits for what is made of the snapshot: then nothing is won by a copy that goes on."""
+        return self._waits_for_drain(wish) or (wish.on_nodes and self._resiliency.non_persistent_sync)
+
+    def _waits_for_drain(self, wish: Wish) -> bool:
+        return wish.drain and not (wish.persistent and self._checkpoint.async_save)
 
     def _wait_for(self, lane: Lane, save: SaveId) -> None:
         """Until a synchronous save is over, or nothing of it has moved on this rank for longer than a save may take.
@@ -455,6 +491,8 @@ class Saving:
 
     def close(self, *, failed: bool) -> bool:
         """End lanes and groups within a bound; committed copies stay. False if a lane is stuck."""
+        if self._overlap is not None:
+            self._overlap.close()
         self.lanes.ask_to_end(failed=failed)
         if self.replicas is not None:
             self.replicas.close(failed=failed)

@@ -31,7 +31,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A filled and sealed arena, pinned once for each lane that reads it.
+    """An arena that is filled and sealed once `job.copy` is over, pinned once for each lane that reads it.
 
     `across`: what other data-parallel groups have too.
     """

@@ -6,7 +6,8 @@ mapping follows the inode through renames, so that the warm pages stay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ class Arena:
         self.mapped = mapped
         self.layout: Layout | None = None
         self.views: list[torch.Tensor] = []
-        self._bytes = bytes_of(mapped)
+        self.content = bytes_of(mapped)
+        self._unlock: weakref.finalize[[], Arena] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +38,7 @@ class Arena:
             return
         if layout.nbytes != self.nbytes:
             raise ValueError(f"a layout of {layout.nbytes} bytes does not fit an arena of {self.nbytes}")
-        self.views = [view_of(self._bytes, placed) for placed in layout.placed]
+        self.views = [view_of(self.content, placed) for placed in layout.placed]
         self.layout = layout
 
     def write_values(self, values: bytes) -> None:
@@ -52,11 +54,24 @@ class Arena:
 
     def segment(self, start: int, stop: int) -> torch.Tensor:
         """A byte tensor over part of the file, for sending."""
-        return self._bytes[start:stop]
+        return self.content[start:stop]
+
+    @property
+    def pages_locked(self) -> bool:
+        return self._unlock is not None
+
+    def lock_pages(self, lock: Callable[[torch.Tensor], Callable[[], None]]) -> None:
+        """Have `lock` lock its pages, until it is closed. Raises what `lock` raises."""
+        if self._unlock is None:
+            self._unlock = weakref.finalize(self, lock(self.content))  # an arena may be dropped without being closed
+            self._unlock.atexit = False
 
     def close(self) -> None:
+        unlock, self._unlock = self._unlock, None
+        if unlock is not None:
+            unlock()
         self.views = []
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self.content = torch.empty(0, dtype=torch.uint8)
         self.mapped.close()
 
     def _planned(self) -> Layout:

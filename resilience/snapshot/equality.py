@@ -20,7 +20,7 @@ from resilience.planning.typed_json import from_json
 from resilience.replication.communicator import Agreements
 from resilience.state.items import Item
 
-__all__ = ["Across", "RotatingShare", "Sample", "agree_across", "agree_shared"]
+__all__ = ["Across", "RotatingShare", "Sample", "agree_across", "agree_shared", "hash_tensor"]
 
 _BUFFER_BYTES: Final = 32 << 20
 _SHARE_BYTES: Final = 2 << 20
@@ -43,7 +43,7 @@ def agree_shared(items: Sequence[Item], group: Agreements) -> tuple[frozenset[st
         candidates.sort(key=_structure)
     if not candidates:
         return frozenset(), frozenset()
-    hashes = [_hash_tensor(item.tensor) for item in candidates]
+    hashes = [hash_tensor(item.tensor) for item in candidates]
     keys = [item.key for item in candidates]
     equal = frozenset(_equal_keys(keys, hashes, group))
     return equal, frozenset(keys) - equal
@@ -98,30 +98,32 @@ def agree_across(
 
 @dataclass(frozen=True)
 class Sample:
-    """A copy of the rotating share of one save: which keys, and their bytes (equal layout on all ranks)."""
+    """The rotating share of one save: which keys, and their bytes once they are copied (equal layout on all ranks)."""
 
     keys: tuple[str, ...]
     copies: tuple[torch.Tensor, ...]
 
     def fingerprint(self) -> int:
         """63 bits over the copied bytes; equal on all ranks of the group as long as the shared items are."""
-        return _hash64(b"".join(_hash_tensor(copy).to_bytes(8, "little") for copy in self.copies))
+        return _hash64(b"".join(hash_tensor(copy).to_bytes(8, "little") for copy in self.copies))
 
 
 class RotatingShare:
-    """Picks, for each save, the next two megabytes of the shared items, and copies them."""
+    """Picks, for each save, the next two megabytes of the shared items."""
 
     def __init__(self, items: Sequence[Item], shared: Collection[str]) -> None:
         self._parts = list(_parts(items, shared))
 
     @torch.no_grad()
-    def take(self, items: Sequence[Item], turn: int) -> Sample:
-        """Copy part number `turn` (modulo their count). On the training thread: two megabytes at most."""
+    def choose(self, items: Sequence[Item], turn: int) -> tuple[Sample, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Part number `turn` (modulo their count): room for it on the host, and what is to be copied there."""
         if not self._parts:
-            return Sample((), ())
+            return Sample((), ()), []
         chosen = self._parts[turn % len(self._parts)]
-        copies = [items[position].tensor.reshape(-1)[start:stop].cpu().clone() for position, start, stop in chosen]
-        return Sample(tuple(items[position].key for position, _, _ in chosen), tuple(copies))
+        sources = [items[position].tensor.detach().reshape(-1)[start:stop] for position, start, stop in chosen]
+        copies = [torch.empty_like(source, device="cpu", pin_memory=source.is_cuda) for source in sources]
+        sample = Sample(tuple(items[position].key for position, _, _ in chosen), tuple(copies))
+        return sample, list(zip(copies, sources, strict=True))
 
 
 def _parts(items: Sequence[Item], shared: Collection[str]) -> Iterator[list[tuple[int, int, int]]]:
@@ -147,7 +149,7 @@ def _parts(items: Sequence[Item], shared: Collection[str]) -> Iterator[list[tupl
 
 def _mark(item: Item, shared: Collection[str], group_number: int) -> int:
     """Equal where the bytes are; of an item that is not shared in its group, nobody else's."""
-    return _hash_tensor(item.tensor) if item.key in shared else _hash64(f"{item.key} of {group_number}".encode())
+    return hash_tensor(item.tensor) if item.key in shared else _hash64(f"{item.key} of {group_number}".encode())
 
 
 def _equal_keys(keys: Sequence[str], hashes: Sequence[int], group: Agreements) -> list[str]:
@@ -160,7 +162,7 @@ def _structure(item: Item) -> str:
     return f"{item.key} {item.tensor.dtype} {tuple(item.tensor.shape)} {item.global_shape} {item.offsets}"
 
 
-def _hash_tensor(tensor: torch.Tensor) -> int:
+def hash_tensor(tensor: torch.Tensor) -> int:
     """63 bits of xxh3-128 over the elements in order, through a buffer of bounded size."""
     hasher = xxhash.xxh3_128()
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else None

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from resilience.errors import DivergedRanksError, LayoutMismatchError, ResilienceError
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.arena import Arena
-from resilience.snapshot.copier import EagerCopier
+from resilience.snapshot.copying import Pair, Part
 from resilience.snapshot.equality import Across, RotatingShare, Sample, agree_across, agree_shared
 from resilience.snapshot.layout import Layout, plan_layout
 from resilience.snapshot.pieces import pieces_of
+from resilience.snapshot.sources import Sources
 from resilience.state.items import Collected, Item
 
 __all__ = ["PlanGroups", "SnapshotPlanner"]
@@ -40,7 +41,7 @@ class PlanGroups:
 
 
 class SnapshotPlanner:
-    """Plans, fills and checks this rank's shards."""
+    """Plans this rank's shards, and says what goes into them."""
 
     def __init__(self, group_ranks: Sequence[int], part: int, *, split: bool) -> None:
         """`part` is this rank's place in `group_ranks`, the data-parallel group."""
@@ -53,7 +54,7 @@ class SnapshotPlanner:
         self._unequal: frozenset[str] = frozenset()  # told already
         self._structure: tuple[object, ...] = ()
         self._share = RotatingShare((), frozenset())
-        self._copier = EagerCopier()
+        self._sources = Sources()
 
     def plan(self, collected: Collected | ResilienceError, groups: PlanGroups) -> frozenset[str]:
         """Make a new plan. Collective over the groups; a rank whose state could not be collected passes the error.
@@ -87,16 +88,17 @@ class SnapshotPlanner:
             self._place(collected)  # only this rank's file grows: nobody else need know
         return self.layout
 
-    def fill(self, collected: Collected, arena: Arena) -> None:
-        """Copy all items and values into `arena`."""
+    def part(self, collected: Collected, arena: Arena) -> Part:
+        """All items as what is to be copied into `arena`, which has the values already."""
         if self.layout is None:
             raise ValueError("no plan was made")
         arena.use(self.layout)
-        self._copier.copy(collected.items, arena)
         arena.write_values(collected.values)
+        return Part(arena, self.layout, self._sources.of(collected.items, self.layout))
 
-    def sample(self, collected: Collected, turn: int) -> Sample:
-        return self._share.take(collected.items, turn)
+    def sample(self, collected: Collected, turn: int) -> tuple[Sample, list[Pair]]:
+        """The rotating share, and what is to be copied into it."""
+        return self._share.choose(collected.items, turn)
 
     def _place(self, collected: Collected) -> None:
         pieces = pieces_of(

@@ -1,7 +1,7 @@
 """Replicas without traffic: a holder puts what data parallelism keeps equal into a replica from its own live tensors.
 
 What a rank of the data-parallel group stores of the shared items, every other rank of the group has too, byte for byte.
-So a holder copies it into the replica's slot at the boundary, beside its own snapshot, and only the header, the plain
+So a holder copies it into the replica's slot together with its own snapshot, and only the header, the plain
 values and what the owner has alone travel. How the owner's shard is laid out the holder reads from the header of the
 first one, which came whole. The digest decides: the composed bytes must have the one that the owner computed, or they
 are refused like any other bytes, and the next save finds out which item is not equal after all.
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from resilience.planning.travel import Range, rest_of, worth_it
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.snapshot.arena import Arena
-from resilience.snapshot.copier import EagerCopier
+from resilience.snapshot.copying import Part
 from resilience.snapshot.layout import Layout, Piece, PlacedPiece
+from resilience.snapshot.sources import Sources
 from resilience.state.items import Item
 from resilience.stores.shard_file import SavedPiece, ShardHeader, layout_id_of, read_header
 
@@ -52,13 +53,13 @@ class _Recipe:
         self.layout = _layout(known, items, shared)
         covered = [] if self.layout is None else [_range(placed) for placed in self.layout.placed]
         self.rest = rest_of(known.nbytes, covered)
-        self.copier = EagerCopier()
+        self.sources = Sources()
         if not worth_it(known.nbytes, self.rest):
             self.layout = None
 
 
 class Twins:
-    """The replicas that this rank can compose. Filled by the training thread, taught by the lane that receives."""
+    """The replicas that this rank can compose. Asked by the training thread, taught by the lane that receives."""
 
     def __init__(self, group: Sequence[int], threads: Threads = SYSTEM_THREADS) -> None:
         """`group`: the data-parallel group, whose members have the same shared items."""
@@ -92,8 +93,10 @@ class Twins:
         with self._guard:
             self._known.pop(owner, None)
 
-    def fill(self, plan: object, items: Sequence[Item], shared: Collection[str], warm: WarmSlot) -> dict[int, Twin]:
-        """Copy what this rank has of each known owner's shard. On the training thread, at the boundary.
+    def compose(
+        self, plan: object, items: Sequence[Item], shared: Collection[str], warm: WarmSlot
+    ) -> dict[int, tuple[Twin, Part]]:
+        """By owner: a slot for its shard, and what of it this rank has, to be copied there with its own snapshot.
 
         `plan` stays the same object while `items` have one structure and `shared` holds. No slot is made here: an
         owner for whom none is warm is left out, and its shard travels whole.
@@ -102,7 +105,7 @@ class Twins:
             known = dict(self._known)
         if plan is not self._plan:
             self._plan, self._recipes = plan, {}
-        filled: dict[int, Twin] = {}
+        composed: dict[int, tuple[Twin, Part]] = {}
         for owner, what in known.items():
             recipe = self._recipes.get(owner)
             if recipe is None or recipe.known is not what:
@@ -111,9 +114,9 @@ class Twins:
             if slot is None or recipe.layout is None:
                 continue
             slot.use(recipe.layout)
-            recipe.copier.copy(items, slot)
-            filled[owner] = Twin(slot, what.layout_id, recipe.rest)
-        return filled
+            part = Part(slot, recipe.layout, recipe.sources.of(items, recipe.layout))
+            composed[owner] = Twin(slot, what.layout_id, recipe.rest), part
+        return composed
 
 
 def rest_for(layout: Layout) -> tuple[Range, ...]:

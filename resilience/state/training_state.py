@@ -146,6 +146,15 @@ class TrainingState:
         """Which of the tensors that `collect` finds were said to be parts of a whole."""
         return Shardings.when_any(self._named_tensors, self.state_prefixes, self._slices())
 
+    def stepped_keys(self) -> Iterator[str]:
+        """What an optimizer's step changes, and the next forward and backward do not: the items' keys of the
+        parameters, and what those of their optimizer state lie under."""
+        for model in self.models:
+            for name, _ in model.parameters():
+                yield f"model/{model.position}/{path_component(name)}"
+        for prefix, _ in self.state_prefixes():
+            yield prefix
+
     def state_prefixes(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the keys of each parameter's optimizer state begin with, and the parameter."""
         for optimizer in self.optimizers:

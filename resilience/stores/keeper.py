@@ -54,6 +54,8 @@ class ShardKeeper:
         self._pins: dict[int, int] = {}  # readers of an arena, by id
         self._held: dict[tuple[SaveId, Kept], Arena | None] = {}  # committed copies; None: bytes not mapped here
         self._names = itertools.count()
+        #: What a new buffer for this rank's own shards goes through before it is used.
+        self.prepare: Callable[[Arena], None] = lambda arena: None
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
@@ -161,6 +163,8 @@ class ShardKeeper:
             path = self._new_path(owner)
             self._fs.unlink(path)
             made = Arena(begin(path, nbytes) if begin else self._fs.create_mapping(path, nbytes, wanted))
+            if owner == self.rank:
+                self.prepare(made)
             return made
         finally:
             with self._changed:

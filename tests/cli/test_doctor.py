@@ -78,7 +78,7 @@ def test_without_a_size_there_is_no_budget_and_that_is_said(capsys: Any, config:
     [
         ({"save_interval": 0}, {}, "save_interval"),
         ({}, {"redundancy": "rs"}, "the size of a clique: from 3"),
-        ({}, {"snapshot_mode": "overlapped"}, "not in this version"),
+        ({}, {"cadence": "auto"}, "not in this version"),
         ({"no_such_field": 1}, {}, "is no setting"),
         ({"save": None, "save_interval": None}, {"run_id": None}, "no name that a restart would know"),
         ({"replication_factor": 3}, {}, "failure domains"),

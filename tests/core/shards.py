@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 
 from resilience.planning.inventory import SaveId
 from resilience.snapshot.arena import Arena
-from resilience.snapshot.copier import EagerCopier
+from resilience.snapshot.copying import Copying, Part
 from resilience.snapshot.layout import Layout, ShardIdentity, plan_layout
 from resilience.snapshot.pieces import pieces_of
+from resilience.snapshot.sources import Sources
 from resilience.state.items import Item
 from resilience.stores.digest import digest_of
 from resilience.stores.filesystem import PosixFileSystem
@@ -57,10 +58,15 @@ def sealed(path: Path, items: Sequence[Item], layout: Layout, values: bytes = b"
     """An arena at `path` that holds `items`."""
     arena = Arena(FS.create_mapping(path, layout.nbytes))
     arena.use(layout)
-    EagerCopier().copy(items, arena)
     arena.write_values(values)
-    arena.seal(identity(values=values, **whose))
+    copied(items, arena, lambda: arena.seal(identity(values=values, **whose)))
     return arena
+
+
+def copied(items: Sequence[Item], arena: Arena, seal: Callable[[], None] = lambda: None) -> None:
+    """An eager snapshot of `items` in an arena that has its layout."""
+    assert arena.layout is not None
+    Copying().start([Part(arena, arena.layout, Sources().of(items, arena.layout))], (), seal)
 
 
 def record_of(content: bytes | memoryview, owner: int = 0, world_size: int = 1, **fields: Any) -> ShardRecord:

@@ -26,6 +26,7 @@ from resilience.planning.decision import Candidate
 from resilience.planning.inventory import SaveId
 from resilience.restore_staging import Peers, Stager
 from resilience.snapshot.arena import Arena
+from resilience.snapshot.copying import Copying
 from resilience.snapshot.layout import ShardIdentity
 from resilience.snapshot.loader import OpenShard
 from resilience.snapshot.planner import PlanGroups, SnapshotPlanner
@@ -107,7 +108,7 @@ def save(folder: Path, states: Sequence[TrainingState]) -> list[frozenset[str]]:
             path = folder / "shards" / ("fully_parallel" if split else "atomic") / f"{world.rank}"
             path.parent.mkdir(parents=True, exist_ok=True)
             arena = Arena(PosixFileSystem().create_mapping(path, planner.fit(collected[world.rank]).nbytes))
-            planner.fill(collected[world.rank], arena)
+            Copying().start([planner.part(collected[world.rank], arena)], (), lambda: None)
             bytes_of_values = len(collected[world.rank].values)
             arena.seal(ShardIdentity(RUN, ATTEMPT, 2, ITERATION, world.rank, len(states), bytes_of_values))
             arena.close()

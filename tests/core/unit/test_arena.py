@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from resilience.snapshot.arena import Arena
-from resilience.snapshot.copier import EagerCopier
-from tests.core.shards import FS, identity, item, layout_of, sealed
+from tests.core.shards import FS, copied, identity, item, layout_of, sealed
 
 
 def arena_of(path: Path, nbytes: int) -> Arena:
@@ -21,7 +20,6 @@ def test_an_arena_without_a_layout_is_neither_filled_nor_sealed(tmp_path: Path) 
     for use in (
         lambda: arena.write_values(b"{}"),
         lambda: arena.seal(identity()),
-        lambda: EagerCopier().copy([], arena),
     ):
         with pytest.raises(ValueError, match="no layout"):
             use()
@@ -38,7 +36,7 @@ def test_a_re_used_arena_holds_the_new_save_and_nothing_of_the_old_one(tmp_path:
     layout = layout_of(items, b"x" * 3000)
     arena = sealed(tmp_path / "arena", items, layout, b"x" * 3000)
     items[0].tensor.zero_()
-    EagerCopier().copy(items, arena)
+    copied(items, arena)
     arena.write_values(b"{}")
     arena.seal(identity(values=b"{}"))
     fresh = sealed(tmp_path / "fresh", items, layout, b"{}")

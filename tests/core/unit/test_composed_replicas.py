@@ -19,6 +19,7 @@ from resilience.replication.clique import CliqueExchange, Offer, Received
 from resilience.replication.pace import Pace
 from resilience.snapshot import twins
 from resilience.snapshot.arena import Arena
+from resilience.snapshot.copying import Copying
 from resilience.snapshot.twins import Twin, Twins, rest_for
 from resilience.state.items import Item
 from resilience.stores.digest import digest_of
@@ -55,7 +56,9 @@ class Rank:
         self.ended: tuple[list[Received], dict[int, str]] | PeerLostError | None = None
 
     def compose(self) -> dict[int, Twin]:
-        return self.known.fill(self.layout, self.items, self.shared, self.inbox.slot)
+        composed = self.known.compose(self.layout, self.items, self.shared, self.inbox.slot)
+        Copying().start([part for _, part in composed.values()], (), lambda: None)
+        return {owner: twin for owner, (twin, _) in composed.items()}
 
     def exchange(self, wire: Wire, composed: dict[int, Twin]) -> None:
         other = 1 - self.number
@@ -217,5 +220,5 @@ def test_a_shard_of_a_rank_that_shares_nothing_is_not_composed(tmp_path: Path) -
 def test_without_a_warm_slot_the_training_thread_makes_none(tmp_path: Path) -> None:
     ranks = two(tmp_path, alike)
     nothing: Callable[[int, int], Arena | None] = lambda owner, nbytes: None  # noqa: E731
-    assert ranks[0].known.fill(ranks[0].layout, ranks[0].items, ranks[0].shared, nothing) == {}
+    assert ranks[0].known.compose(ranks[0].layout, ranks[0].items, ranks[0].shared, nothing) == {}
     assert FS.list_dir(ranks[0].directory / "in") == ["slot1"]

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilience.snapshot.equality import RotatingShare, agree_shared
+from resilience.snapshot.copying import Copying
+from resilience.snapshot.equality import RotatingShare, Sample, agree_shared
+from resilience.state.items import Item
 from tests.core.shards import item, random_bytes
 from tests.formats.worlds import on_all_ranks
 
@@ -76,25 +78,31 @@ def test_all_ranks_find_the_same(items: list[tuple[str, int, bool]]) -> None:
     assert agreed(ranks) == [(expected, {f"i{n}" for n in range(len(items))} - expected)] * 2
 
 
+def _sample(share: RotatingShare, items: list[Item], turn: int) -> Sample:
+    sample, pairs = share.choose(items, turn)
+    Copying().start((), pairs, lambda: None)
+    return sample
+
+
 def test_over_the_saves_every_shared_byte_is_sampled_and_a_change_is_seen_in_its_turn() -> None:
     items = [item("large", torch.zeros(1_200_000)), item("small", torch.zeros(10)), item("own", torch.zeros(9))]
     share = RotatingShare(items, {"large", "small"})
     turns = 3
-    before = [share.take(items, turn).fingerprint() for turn in range(turns)]
-    assert before == [share.take(items, turn + turns).fingerprint() for turn in range(turns)]
+    before = [_sample(share, items, turn).fingerprint() for turn in range(turns)]
+    assert before == [_sample(share, items, turn + turns).fingerprint() for turn in range(turns)]
     for place in (0, 700_000, 1_199_999):
         items[0].tensor[place] = 1.0
-        after = [share.take(items, turn).fingerprint() for turn in range(turns)]
+        after = [_sample(share, items, turn).fingerprint() for turn in range(turns)]
         assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
         items[0].tensor[place] = 0.0
     items[1].tensor[3] = 1.0
-    assert [share.take(items, turn).fingerprint() for turn in range(turns)] != before
-    assert all(len(share.take(items, turn).copies) <= 2 for turn in range(turns))
+    assert [_sample(share, items, turn).fingerprint() for turn in range(turns)] != before
+    assert all(len(_sample(share, items, turn).copies) <= 2 for turn in range(turns))
 
 
 def test_a_sample_is_a_copy_that_training_does_not_change() -> None:
     items = [item("w", torch.zeros(4))]
-    sample = RotatingShare(items, {"w"}).take(items, 0)
+    sample = _sample(RotatingShare(items, {"w"}), items, 0)
     seen = sample.fingerprint()
     items[0].tensor.add_(1)
     assert sample.fingerprint() == seen

@@ -15,9 +15,10 @@ from safetensors import safe_open
 
 from resilience.errors import CorruptCopyError
 from resilience.snapshot.arena import Arena
-from resilience.snapshot.copier import EagerCopier
+from resilience.snapshot.copying import Copying, Part
 from resilience.snapshot.layout import VALUES_KEY
 from resilience.snapshot.loader import open_shard
+from resilience.snapshot.sources import Sources
 from resilience.state.tensors import DTYPES, byte_view
 from resilience.stores.shard_file import ITEM_BYTES, check_header, read_header
 from tests.core.shards import FS, SAVE, item, layout_of, random_bytes, record_of, sealed
@@ -100,11 +101,15 @@ def test_the_copier_sees_tensors_that_were_replaced_or_moved(tmp_path: Path) -> 
     layout = layout_of(items, parts=2, part=0)  # cut into rows: the views of them are cached
     arena = Arena(FS.create_mapping(tmp_path / "arena", layout.nbytes))
     arena.use(layout)
-    copier = EagerCopier()
-    copier.copy(items, arena)
+    sources, copying = Sources(), Copying()
+
+    def copy() -> None:
+        copying.start([Part(arena, layout, sources.of(items, layout))], (), lambda: None)
+
+    copy()
     tensors[0].data = torch.ones(4, 2)  # the same object, other memory
     items[1] = item("model/0/b", torch.full((3,), 2.0))
-    copier.copy(items, arena)
+    copy()
     seen = {placed.piece.key: view.unique().tolist() for placed, view in zip(layout.placed, arena.views, strict=True)}
     assert seen.get("model/0/w", [1.0]) == [1.0]
     assert seen.get("model/0/b", [2.0]) == [2.0]

@@ -1,0 +1,164 @@
+"""`snapshot_mode="overlapped"`: parameters and optimizer state are copied while the next forward and backward run.
+
+They change in an optimizer's step and nowhere else, as long as all goes by the book. So the copy is joined right before
+any optimizer of the process steps (a hook of torch's on all of them), or at the next boundary. Who does not go by the
+book is found out by a witness (`witness.py`): of every copy by the counts of writes, of the first and every hundredth
+one by its bytes. A copy that no witness vouches for fails its save, and from then on copies are eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from resilience.errors import ConfigError
+from resilience.snapshot.copying import DONE, Copy, Copying, Pair, Part, Witness
+from resilience.snapshot.equality import Sample
+from resilience.snapshot.layout import Layout
+from resilience.snapshot.witness import Contents, Versions
+from resilience.state.distributed_state import DistributedOptimizerState
+from resilience.state.items import Item
+from resilience.state.sharding import without_block
+from resilience.state.training_state import TrainingState
+
+__all__ = ["Overlap", "refuse_overlap"]
+
+_STRICT_EVERY: Final = 100
+#: Tensors below this are copied at the boundary: to hand them over would cost more.
+_SMALL_BYTES: Final = 4096
+_KEY = 'resiliency.snapshot_mode: "overlapped"'
+_EAGER = 'Use snapshot_mode="eager".'
+_CAPTURED = "the optimizer's step was captured in a graph, whose replays tell nobody that they begin"
+
+
+def refuse_overlap(state: TrainingState) -> None:
+    """ConfigError where nobody would hear that the parameters are about to change."""
+    if not state.optimizers:
+        raise ConfigError(f"{_KEY} needs an optimizer: before its step the copy must be over.", advice=_EAGER)
+    for each in state.optimizers:
+        steps = each.optimizer.inner if isinstance(each, DistributedOptimizerState) else each.optimizer
+        if not isinstance(steps, torch.optim.Optimizer):
+            raise ConfigError(
+                f"{_KEY} cannot be used with optimizer/{each.position}, a {type(each.optimizer).__name__}: it is no "
+                f"torch.optim.Optimizer, so that no hook is called before it steps.",
+                advice=_EAGER,
+            )
+    for model in state.models:
+        for name, parameter in model.parameters():
+            if getattr(parameter, "_in_backward_optimizers", None):
+                raise ConfigError(
+                    f"{_KEY} cannot be used with an optimizer that steps in the backward pass, as that of {name} does: "
+                    f"there is no time in which the parameters hold still.",
+                    advice=_EAGER,
+                )
+
+
+class Overlap:
+    """The overlapped copies of one rank: one under way at a time. For the training thread, unless it says otherwise."""
+
+    def __init__(self, state: TrainingState, copying: Copying, tell: Callable[..., None], now: Callable[[], float]):
+        """ConfigError as `refuse_overlap`. `close` takes the hook off again."""
+        refuse_overlap(state)
+        self._state = state
+        self._copying = copying
+        self._tell = tell
+        self._now = now
+        self._count = 0
+        self._copy = DONE
+        self._witness: Witness | None = None
+        self._off = ""  # why copies are eager from now on
+        self._told = False
+        self._layout: Layout | None = None  # of which the keys are
+        self._later: frozenset[str] = frozenset()
+        self._hook: Any = register_optimizer_step_pre_hook(lambda *_: self._before_a_step())
+        self.waited_s = 0.0  # in joins, since it was last taken
+
+    @property
+    def works(self) -> bool:
+        """Whether the next copy may be overlapped; tells once why not."""
+        if self._off and not self._told:
+            self._told = True
+            self._tell("warning", what=f"snapshots are eager from now on: {self._off}", advice=_EAGER)
+        return not self._off
+
+    def start(
+        self,
+        parts: Sequence[Part],
+        items: Sequence[Item],
+        sample: Sample,
+        pairs: Sequence[Pair],
+        seal: Callable[[], None],
+    ) -> Copy:
+        """As `Copying.start`, but it goes on. The first of `parts` is this rank's shard of `items`."""
+        self.join()
+        later = self._keys(items, parts[0].layout)
+        now_pairs = [pair for key, pair in zip(sample.keys, pairs, strict=True) if key not in later]
+        later_pairs = [pair for key, pair in zip(sample.keys, pairs, strict=True) if key in later]
+        self._witness = self._make_witness(parts, later)
+        self._copy = self._copying.start_overlapped(
+            parts, now_pairs, later_pairs, seal, later=later, witness=self._witness, disproved=self._disproved
+        )
+        self._count += 1
+        return self._copy
+
+    def join(self) -> None:
+        """Before anything may change that is being copied; at a boundary at the latest."""
+        if self._copy.pending:
+            began = self._now()
+            self._copy.join(self._witness)
+            self.waited_s += self._now() - began
+            self._witness = None
+
+    def take_waited(self) -> float:
+        """What joins have made the training thread wait since this was last asked, in seconds."""
+        waited, self.waited_s = self.waited_s, 0.0
+        return waited
+
+    def close(self) -> None:
+        """No step comes any more; what is being copied is not believed, unless it was found right. May be repeated."""
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook.remove()
+        self._copy.abandon("training ended before the optimizer's next step")
+        self._copy, self._witness = DONE, None
+
+    def _before_a_step(self) -> None:
+        """Torch's hook on all optimizers; any thread that steps one."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self._off = self._off or _CAPTURED
+            self._copy.abandon(_CAPTURED)
+            return
+        self.join()
+
+    def _disproved(self, why: str) -> None:
+        """In the lane that copies."""
+        self._off = self._off or why
+
+    def _make_witness(self, parts: Sequence[Part], later: Collection[str]) -> Witness:
+        chosen = [
+            (placed.piece.key, source, view)
+            for part in parts
+            for placed, source, view in zip(part.layout.placed, part.sources, part.arena.views, strict=True)
+            if placed.piece.key in later
+        ]
+        keys, sources = [key for key, _, _ in chosen], [source for _, source, _ in chosen]
+        if self._count % _STRICT_EVERY == 0:
+            return Contents(keys, sources, [view for _, _, view in chosen])
+        return Versions(keys, sources)
+
+    def _keys(self, items: Sequence[Item], layout: Layout) -> frozenset[str]:
+        """Keys of what may be copied later: parameters and their optimizer state, unless small. Kept by layout."""
+        if layout is not self._layout:
+            names = frozenset(self._state.stepped_keys())
+            large = (item.key for item in items if item.tensor.nbytes >= _SMALL_BYTES)
+            self._layout, self._later = layout, frozenset(key for key in large if _stepped(key, names))
+        return self._later
+
+
+def _stepped(key: str, names: frozenset[str]) -> bool:
+    """Whether it is one of `names`, a block of such a tensor, or lies under one: an entry of a parameter's state."""
+    key = without_block(key)
+    return key in names or key.rpartition("/")[0] in names
