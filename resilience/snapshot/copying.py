@@ -26,6 +26,7 @@ from resilience.snapshot.arena import Arena
 from resilience.snapshot.device import CrossingPlan, SideStreams, plan_crossing
 from resilience.snapshot.layout import Layout
 from resilience.snapshot.page_lock import page_lock
+from resilience.snapshot.sources import Cut
 from resilience.stores.pages import always
 
 __all__ = ["DONE", "Copy", "Copying", "Pair", "Part", "Witness"]
@@ -38,11 +39,15 @@ _PLANS: Final = 64  # that are kept: one for each layout of this rank's, and of 
 
 @dataclass(frozen=True)
 class Part:
-    """One arena to be filled with `layout`'s pieces from `sources`, in their order."""
+    """One arena to be filled with `layout`'s pieces, from what `cut` has for each."""
 
     arena: Arena
     layout: Layout
-    sources: Sequence[torch.Tensor]
+    cut: Cut
+
+    @property
+    def sources(self) -> list[torch.Tensor]:
+        return self.cut.tensors
 
 
 class Witness(Protocol):
@@ -145,8 +150,9 @@ class _Plan:
     """How the pieces of one part are copied: which where, and when."""
 
     layout: Layout
-    sources: Sequence[torch.Tensor]
+    kind: object  # of the sources
     later: Collection[str]
+    deferred: list[int] = field(default_factory=list)  # positions of those that are copied later
     host_now: list[int] = field(default_factory=list)
     host_later: list[int] = field(default_factory=list)
     device_now: dict[torch.device, CrossingPlan] = field(default_factory=dict)
@@ -226,6 +232,10 @@ class Copying:
         self._lane.submit("copy", run)
         return copy
 
+    def deferred(self, part: Part, later: Collection[str]) -> list[int]:
+        """Positions of the pieces that are copied later."""
+        return self._plan(part, later).deferred
+
     def prepare(self, arena: Arena) -> None:
         """Make a new arena fit to be crossed into: huge pages, locked ones. Any thread; takes a while.
 
@@ -270,15 +280,16 @@ class Copying:
                 self._tell("warning", what=what, advice="")
 
     def _plan(self, part: Part, later: Collection[str]) -> _Plan:
-        """Kept while the sources are the same: whoever replaces one makes a new list."""
+        """Kept while layout and kind of sources are the same."""
         plan = self._plans.get(id(part.layout))
-        if plan and plan.layout is part.layout and plan.sources is part.sources and plan.later is later:
+        if plan and plan.layout is part.layout and plan.kind is part.cut.kind and plan.later is later:
             return plan
-        plan = _Plan(part.layout, part.sources, later)
+        plan = _Plan(part.layout, part.cut.kind, later)
         now: dict[torch.device, list[int]] = {}
         then: dict[torch.device, list[int]] = {}
         for position, (source, placed) in enumerate(zip(part.sources, part.layout.placed, strict=True)):
             deferred = placed.piece.key in later
+            plan.deferred += [position] if deferred else []
             if source.is_cuda:
                 (then if deferred else now).setdefault(source.device, []).append(position)
             else:

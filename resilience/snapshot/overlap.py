@@ -138,16 +138,16 @@ class Overlap:
         self._off = self._off or why
 
     def _make_witness(self, parts: Sequence[Part], later: Collection[str]) -> Witness:
-        chosen = [
-            (placed.piece.key, source, view)
-            for part in parts
-            for placed, source, view in zip(part.layout.placed, part.sources, part.arena.views, strict=True)
-            if placed.piece.key in later
-        ]
-        keys, sources = [key for key, _, _ in chosen], [source for _, source, _ in chosen]
+        chosen = [(part, self._copying.deferred(part, later)) for part in parts]
+        sources = [part.sources[position] for part, positions in chosen for position in positions]
+
+        def name(number: int) -> str:
+            return [part.layout.placed[place].piece.key for part, places in chosen for place in places][number]
+
         if self._count % _STRICT_EVERY == 0:
-            return Contents(keys, sources, [view for _, _, view in chosen])
-        return Versions(keys, sources)
+            views = [part.arena.views[position] for part, positions in chosen for position in positions]
+            return Contents(name, sources, views)
+        return Versions(name, sources)
 
     def _keys(self, items: Sequence[Item], layout: Layout) -> frozenset[str]:
         """Keys of what may be copied later: parameters and their optimizer state, unless small. Kept by layout."""

@@ -52,7 +52,7 @@ class SnapshotPlanner:
         self.shared: frozenset[str] = frozenset()
         self.across = Across()  # what other groups have too
         self._unequal: frozenset[str] = frozenset()  # told already
-        self._structure: tuple[object, ...] = ()
+        self._items: tuple[Item, ...] = ()  # that were found to fit the plan last
         self._share = RotatingShare((), frozenset())
         self._sources = Sources()
 
@@ -72,18 +72,19 @@ class SnapshotPlanner:
             self.across = agree_across(collected.items, self.shared, groups.own, groups.leaders)
             self.shared, differ = self.shared - self.across.differ, differ | self.across.differ
         news, self._unequal = differ - self._unequal, self._unequal | differ
-        self._structure = _structure(collected.items)
+        self._items = collected.items
         self._share = RotatingShare(collected.items, self.shared)
         self._place(collected)
         return news
 
     def fit(self, collected: Collected) -> Layout:
         """The layout for `collected`; LayoutMismatchError if its structure is not the planned one. Not collective."""
-        if self.layout is None or _structure(collected.items) != self._structure:
+        if self.layout is None or not _alike(collected.items, self._items):
             raise LayoutMismatchError(
                 "the structure of the training state changed since the last save (names, shapes or dtypes).",
                 advice="This save is given up; the next one plans anew.",
             )
+        self._items = collected.items
         if len(collected.values) > self.layout.values_capacity:
             self._place(collected)  # only this rank's file grows: nobody else need know
         return self.layout
@@ -108,5 +109,13 @@ class SnapshotPlanner:
         self.layout = plan_layout(pieces, aliases, len(collected.values), self._ranks)
 
 
-def _structure(items: Sequence[Item]) -> tuple[object, ...]:
-    return tuple((i.key, i.tensor.dtype, i.tensor.shape, i.global_shape, i.offsets, i.alias_of) for i in items)
+def _alike(items: Sequence[Item], known: Sequence[Item]) -> bool:
+    """Whether they have one structure. Most are the very items that are known."""
+    if len(items) != len(known):
+        return False
+    others = [(new, old) for new, old in zip(items, known, strict=True) if new is not old]
+    return all(_structure(new) == _structure(old) for new, old in others)
+
+
+def _structure(item: Item) -> tuple[object, ...]:
+    return item.key, item.tensor.dtype, item.tensor.shape, item.global_shape, item.offsets, item.alias_of

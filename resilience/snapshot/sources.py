@@ -6,13 +6,22 @@ Cut once and kept while a layout holds: cutting thousands of views anew at every
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from resilience.snapshot.layout import Layout, Piece
 from resilience.state.items import Item
 
-__all__ = ["Sources"]
+__all__ = ["Cut", "Sources"]
+
+
+class Cut(NamedTuple):
+    """The source of each placed piece. `kind` is the same object for as long as they lie on the same devices in the
+    same way: what is planned for some is good for others of that kind."""
+
+    tensors: list[torch.Tensor]
+    kind: object
 
 
 class Sources:
@@ -20,29 +29,37 @@ class Sources:
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
-        self._tensors: list[torch.Tensor] = []
-        self._places: list[int] = []  # where each tensor's memory was: `tensor.data = other` keeps the object
-        self._sources: list[torch.Tensor] = []
+        self._items: Sequence[Item] = ()
+        self._places: dict[int, list[int]] = {}  # by item: which placed pieces are of it
+        self._cut = Cut([], object())
 
     @torch.no_grad()
-    def of(self, items: Sequence[Item], layout: Layout) -> list[torch.Tensor]:
-        """The source of each placed piece; row ranges are cut again only where a live tensor was replaced."""
-        live = [items[placed.piece.item].tensor for placed in layout.placed]
-        places = [tensor.data_ptr() for tensor in live]
+    def of(self, items: Sequence[Item], layout: Layout) -> Cut:
+        """Cut again only where an item is another object: one whose tensor got other memory is."""
         if layout is not self._layout:
-            self._sources = [_cut(t, p.piece) for t, p in zip(live, layout.placed, strict=True)]
+            self._places = {}
+            for position, placed in enumerate(layout.placed):
+                self._places.setdefault(placed.piece.item, []).append(position)
+            self._cut = Cut([_cut(items[placed.piece.item].tensor, placed.piece) for placed in layout.placed], object())
         else:
-            changed = [
-                position
-                for position, tensor in enumerate(live)
-                if tensor is not self._tensors[position] or places[position] != self._places[position]
-            ]
-            if changed:  # a copy that is under way keeps the list it was given
-                self._sources = list(self._sources)
-            for position in changed:
-                self._sources[position] = _cut(live[position], layout.placed[position].piece)
-        self._layout, self._tensors, self._places = layout, live, places
-        return self._sources
+            pairs = enumerate(zip(items, self._items, strict=True))
+            self._replace([number for number, (new, old) in pairs if new is not old], items, layout)
+        self._layout, self._items = layout, tuple(items)
+        return self._cut
+
+    def _replace(self, changed: Sequence[int], items: Sequence[Item], layout: Layout) -> None:
+        old, kind = self._cut
+        tensors = list(old)  # a copy that is under way keeps the list that it was given
+        for number in changed:
+            for position in self._places.get(number, ()):
+                tensors[position] = _cut(items[number].tensor, layout.placed[position].piece)
+                if _lies(tensors[position]) != _lies(old[position]):
+                    kind = object()
+        self._cut = Cut(tensors, kind)
+
+
+def _lies(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.is_contiguous()
 
 
 def _cut(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:

@@ -7,7 +7,7 @@ boundary, again before the optimizer may change them, and once more in the arena
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,15 +15,18 @@ from resilience.snapshot.equality import hash_tensor
 
 __all__ = ["Contents", "Versions"]
 
+#: The key of a source, by its number.
+Name = Callable[[int], str]
+
 
 class Versions:
     """Counts of writes. Costs a fraction of a microsecond for each tensor, at both ends."""
 
     waits_for_join = False
 
-    def __init__(self, keys: Sequence[str], sources: Sequence[torch.Tensor]) -> None:
+    def __init__(self, name: Name, sources: Sequence[torch.Tensor]) -> None:
         """At the boundary; the sources are kept."""
-        self._keys = keys
+        self._name = name
         self._sources = sources
         self._seen = [source._version for source in sources]
 
@@ -31,7 +34,8 @@ class Versions:
         now = [source._version for source in self._sources]
         if now == self._seen:
             return ""
-        return _said([key for key, new, old in zip(self._keys, now, self._seen, strict=True) if new != old])
+        changed = [number for number, new in enumerate(now) if new != self._seen[number]]
+        return _said(self._name(changed[0]), len(changed))
 
     def agrees(self) -> str:
         return ""
@@ -42,9 +46,9 @@ class Contents:
 
     waits_for_join = True
 
-    def __init__(self, keys: Sequence[str], sources: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
+    def __init__(self, name: Name, sources: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
         """At the boundary; sources and `views`, where the copies of them are to be, are kept."""
-        self._keys = keys
+        self._name = name
         self._sources = sources
         self._views = views
         self._seen = [hash_tensor(source) for source in sources]
@@ -56,12 +60,10 @@ class Contents:
         return self._compare(self._views)
 
     def _compare(self, tensors: Sequence[torch.Tensor]) -> str:
-        pairs = zip(self._keys, tensors, self._seen, strict=True)
-        return _said([key for key, tensor, seen in pairs if hash_tensor(tensor) != seen])
+        changed = [number for number, each in enumerate(tensors) if hash_tensor(each) != self._seen[number]]
+        return _said(self._name(changed[0]), len(changed)) if changed else ""
 
 
-def _said(changed: Sequence[str]) -> str:
-    if not changed:
-        return ""
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return f"{changed[0]}{more} changed between the boundary and the optimizer's next step"
+def _said(first: str, count: int) -> str:
+    more = f" and {count - 1} more" if count > 1 else ""
+    return f"{first}{more} changed between the boundary and the optimizer's next step"

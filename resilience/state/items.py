@@ -81,14 +81,16 @@ def items_of(
     tensors: Iterable[tuple[str, torch.Tensor]],
     places: dict[Hashable, Place] | None = None,
     shardings: Shardings = _UNSAID,
+    first_with: dict[Hashable, str] | None = None,
 ) -> tuple[Item, ...]:
     """Turn named tensors into items, in their order. `places` keeps what is costly to work out between two calls.
 
-    `shardings` says which plain tensors are parts of a whole. Raises UnsupportedStateError for a DTensor whose local
-    part has no place in the global tensor.
+    `shardings` says which plain tensors are parts of a whole. `first_with`: which key came first with some memory, if
+    other items come before these; what these come first with is added. Raises UnsupportedStateError for a DTensor
+    whose local part has no place in the global tensor.
     """
     places = {} if places is None else places
-    first_with: dict[Hashable, str] = {}
+    first_with = {} if first_with is None else first_with
     items: list[Item] = []
     for key, tensor in tensors:
         local = local_part(tensor)

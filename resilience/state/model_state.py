@@ -42,6 +42,8 @@ class ModelState:
         self.position = position
         self.module = unwrapped(model)
         self.places = megatron_places(self.module, f"model/{position}")
+        self._raw_names: list[str] = []  # asked for last, and the clean ones
+        self._clean_names: dict[str, str] = {}
 
     def collect(self) -> dict[str, Any]:
         """The entries of the state dict by clean name; tensors are live."""
@@ -85,14 +87,18 @@ class ModelState:
 
     def _names(self, raw_names: list[str]) -> dict[str, str]:
         """Clean name → name in the module. Names that only their wrappers tell apart keep them."""
-        said = self.places.names
-        clean = {said.get(raw) or _clean(raw): raw for raw in raw_names}
-        return clean if len(clean) == len(raw_names) else {raw: raw for raw in raw_names}
+        if raw_names != self._raw_names:
+            said = self.places.names
+            clean = {said.get(raw) or _clean(raw): raw for raw in raw_names}
+            self._clean_names = clean if len(clean) == len(raw_names) else {raw: raw for raw in raw_names}
+            self._raw_names = raw_names
+        return self._clean_names
 
     @property
     def devices(self) -> set[torch.device]:
         """The devices that the parameters lie on."""
-        return {parameter.device for parameter in self.module.parameters()}
+        own = (part._parameters.values() for part in self.module.modules())
+        return {parameter.device for each in own for parameter in each if parameter is not None}
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

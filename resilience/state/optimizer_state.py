@@ -32,17 +32,16 @@ class OptimizerState:
 
     def collect(self) -> dict[str, Any]:
         """State by parameter name, in the order of the groups, whatever order it came into being."""
-        state: dict[str, Any] = {}
-        outside: dict[str, torch.Tensor] = {}
-        for parameter, name in self._parameters():
-            if parameter in self._state:
-                state[name] = self._state[parameter]
-            if name in self._outside:
-                outside[name] = parameter
+        live = self._state
+        found = [(name, live.get(parameter)) for group in self._names() for parameter, name in group]
+        state = {name: kept for name, kept in found if kept is not None}
+        outside = {name: each for each, name in self._parameters() if name in self._outside} if self._outside else {}
         tree: dict[str, Any] = {"state": state, "param_groups": self._groups()}
         if outside:  # trained, but part of no model: nobody else would store it
             tree["parameters"] = outside
-        shared = {key: value for key, value in self._state.items() if not isinstance(key, torch.Tensor)}
+        shared = {}
+        if len(live) != len(state):
+            shared = {key: value for key, value in live.items() if not isinstance(key, torch.Tensor)}
         if shared:  # an optimizer may keep state that belongs to no parameter
             tree["shared"] = shared
         return tree

@@ -21,12 +21,24 @@ from resilience.state.tensors import is_dtensor
 if TYPE_CHECKING:
     from resilience.state.flat_sharding import FlatSharding
 
-__all__ = ["Block", "Sharding", "Shardings", "block_key", "say", "shard", "shard_at", "sharding_of", "without_block"]
+__all__ = [
+    "Block",
+    "Sharding",
+    "Shardings",
+    "block_key",
+    "say",
+    "sayings",
+    "shard",
+    "shard_at",
+    "sharding_of",
+    "without_block",
+]
 
 _SEPARATOR = "/~["  # no path has it: `~` is escaped as `~0` in every name
 
 #: By the identity of the tensor, without keeping it alive, and without a mark that `torch.save` would pickle.
 _said: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_sayings = 0  # so often something was said
 
 TensorT = TypeVar("TensorT", bound=torch.Tensor)
 
@@ -84,7 +96,7 @@ def shard(tensor: TensorT, dim: int, index: int, count: int, *, stacked: int | S
     whole = tuple(length * count if axis == dim else length for axis, length in enumerate(shape))
     if count == 1:
         blocks = [Block(0, shape[dim], (0,) * len(shape))]
-    _said[tensor] = Sharding(shape, whole, dim, tuple(blocks))
+    say(tensor, Sharding(shape, whole, dim, tuple(blocks)))
     return tensor
 
 
@@ -99,13 +111,20 @@ def shard_at(tensor: TensorT, *, global_shape: Sequence[int], offsets: Sequence[
     )
     if not fits:
         raise ConfigError(f"a tensor of shape {list(shape)} does not lie at {list(place)} of {list(whole)}.")
-    _said[tensor] = Sharding(shape, whole, 0, (Block(0, shape[0] if shape else 1, place),))
+    say(tensor, Sharding(shape, whole, 0, (Block(0, shape[0] if shape else 1, place),)))
     return tensor
 
 
 def say(tensor: torch.Tensor, sharding: Sharding) -> None:
     """Say it of a tensor whose place is known already: a model's own description of it."""
+    global _sayings
+    _sayings += 1
     _said[tensor] = sharding
+
+
+def sayings() -> int:
+    """How often something was said in this process; as long as it stays, nothing else is said of any tensor."""
+    return _sayings
 
 
 def sharding_of(tensor: torch.Tensor) -> Sharding | None:

@@ -20,7 +20,8 @@ from resilience.state import rng
 from resilience.state.dataloader import LoaderCursor
 from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.flat_sharding import FlatSharding
-from resilience.state.items import EXTRA_STATE, Collected, Place, SavedItem, items_of
+from resilience.state.items import EXTRA_STATE, Collected, Place, SavedItem
+from resilience.state.kept_sections import KeptSections
 from resilience.state.load_plan import LoadPlan
 from resilience.state.model_state import ModelState
 from resilience.state.optimizer_state import optimizer_state
@@ -28,7 +29,7 @@ from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.sharding import Shardings, sharding_of
 from resilience.state.stored_place import StoredPlaces
 from resilience.state.train_state import TrainState
-from resilience.state.tree import encode, path_component
+from resilience.state.tree import encode_around, path_component
 
 #: Parts of the tree, in order; a save, or a load, may take some of them only.
 PARTS = ("model", "optimizer", "scheduler", "scaler", "dataloader", "extra", "train_state", "rng")
@@ -77,6 +78,7 @@ class TrainingState:
         self.layout = layout
         self.healthy = healthy
         self._places: dict[Hashable, Place] = {}
+        self._kept = KeptSections()
 
     def collect(self, parts: Collection[str] = PARTS) -> Collected:
         """This rank's state as it is now: live tensors, nothing copied. Call it at a boundary, on every rank alike.
@@ -84,8 +86,14 @@ class TrainingState:
         `parts` says which of `PARTS` to take. Raises UnsupportedStateError for what cannot be stored.
         """
         with torch.no_grad(), _no_garbage_collection():
-            values, tensors = encode(self.tree(parts))
-            return Collected(items_of(tensors, self._places, self.shardings()), values)
+            tree = self.tree(parts)
+            for position, entries in enumerate(tree.get("model", ())):
+                tree["model"][position] = self._kept.take(f"model/{position}", entries, 2)
+            for position, optimizer in enumerate(tree.get("optimizer", ())):
+                if "state" in optimizer:
+                    optimizer["state"] = self._kept.take(f"optimizer/{position}/state", optimizer["state"], 3)
+            values, found = encode_around(tree)
+            return Collected(self._kept.items(found, self._places, self.shardings), values)
 
     def plan_load(self, values: bytes, index: Mapping[str, SavedItem], parts: Collection[str] = PARTS) -> LoadPlan:
         """What has to be filled to load a save; `index` says what the save holds for this rank, by key.

@@ -30,8 +30,9 @@ from resilience.errors import UnsupportedStateError
 from resilience.state.tensors import check_storable, dtype_name, is_dtensor, placement_names
 from resilience.state.tree_decoder import FACTORIES, MAX_DEPTH, NUMPY_SCALARS, TENSOR_ARRAYS, decode
 
-__all__ = ["MAX_DEPTH", "decode", "encode", "path_component"]
+__all__ = ["MAX_DEPTH", "Written", "decode", "encode", "encode_around", "encode_part", "path_component"]
 
+_WRITTEN = "$written"  # never left in a text
 _HASHABLE = (type(None), bool, int, float, complex, str, bytes, tuple, frozenset, torch.Size, torch.dtype, torch.device)
 _FACTORY_NAMES = {factory: name for name, factory in FACTORIES.items()}
 
@@ -41,13 +42,34 @@ def encode(tree: Any) -> tuple[bytes, list[tuple[str, torch.Tensor]]]:
 
     Raises UnsupportedStateError, with the path of the value, its type and what to do, for whatever would need pickle.
     """
+    text, found = encode_part(tree, "", 0)
+    return text.encode("ascii"), found
+
+
+class Written:
+    """A part of a tree that was written before, in its place: `text` is its JSON."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def encode_around(tree: Any) -> tuple[bytes, list[tuple[str, torch.Tensor | Written]]]:
+    """As `encode`, of a tree in which some parts are `Written`; they are listed in their order among the tensors."""
+    text, found = encode_part(tree, "", 0)
+    for number, each in enumerate(each for _, each in found if isinstance(each, Written)):
+        # no str of the tree can look like it: quotes in them are escaped
+        text = text.replace(f'{{"{_WRITTEN}":{number}}}', each.text, 1)
+    return text.encode("ascii"), found
+
+
+def encode_part(value: Any, path: str, depth: int) -> tuple[str, list[tuple[str, Any]]]:
+    """Write what stands at `path` of a tree, under `depth` containers, as JSON, and list its tensors. As `encode`."""
     encoder = _Encoder()
     try:
-        written = encoder.encode(tree, "", 0)
-        text = json.dumps(written, allow_nan=False, separators=(",", ":"))
+        written = encoder.encode(value, path, depth)
+        return json.dumps(written, allow_nan=False, separators=(",", ":")), encoder.tensors
     except RecursionError as error:  # a caller that is deep in calls of its own leaves less room than MAX_DEPTH needs
         raise UnsupportedStateError("The state is nested too deeply for what is left of the call stack.") from error
-    return text.encode("ascii"), encoder.tensors
 
 
 def path_component(key: str) -> str:
@@ -59,7 +81,8 @@ class _Encoder:
     """One walk over one tree; collects the tensors that it meets."""
 
     def __init__(self) -> None:
-        self.tensors: list[tuple[str, torch.Tensor]] = []
+        self.tensors: list[tuple[str, Any]] = []  # and parts that were written before
+        self._parts = 0
         self._open: set[int] = set()  # containers between the root and here: meeting one again is a cycle
 
     def encode(self, value: Any, path: str, depth: int) -> Any:
@@ -74,6 +97,10 @@ class _Encoder:
             return self._container(value, kind, path, depth + 1)
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
+        if isinstance(value, Written):
+            self.tensors.append((path, value))
+            self._parts += 1
+            return {_WRITTEN: self._parts - 1}
         if isinstance(value, np.generic):
             return _numpy_scalar(value, path)
         if kind is np.ndarray:
@@ -98,6 +125,8 @@ class _Encoder:
     def list_(self, value: Any, path: str, depth: int) -> list[Any]:
         if set(map(type, value)) == {int} and min(value) >= -(1 << 63) and max(value) < 1 << 63:
             return list(value)  # at once: the 625 words of Python's `random` cost as much as a hundred tensors
+        if set(map(type, value)) == {str} and all(map(str.isascii, value)):
+            return list(value)  # the names of an optimizer's parameters
         start = f"{path}/" if depth > 1 else ""  # the root has no name of its own
         return [self.encode(part, f"{start}{index}", depth) for index, part in enumerate(value)]
 

@@ -108,6 +108,7 @@ def test_the_copier_sees_tensors_that_were_replaced_or_moved(tmp_path: Path) -> 
 
     copy()
     tensors[0].data = torch.ones(4, 2)  # the same object, other memory
+    items[0] = item("model/0/w", tensors[0])
     items[1] = item("model/0/b", torch.full((3,), 2.0))
     copy()
     seen = {placed.piece.key: view.unique().tolist() for placed, view in zip(layout.placed, arena.views, strict=True)}
