@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks import figures as told
 from benchmarks.device_figures import device_figures, measure_device
+from benchmarks.overlap_figures import measure_overlap, overlap_figures
 from benchmarks.persistent_figures import persistent_figures
 from benchmarks.persistent_rounds import measure_persistent
 from benchmarks.report import document, table, write
@@ -33,7 +34,17 @@ from benchmarks.rounds import (
 )
 from benchmarks.settings import FULL, QUICK, Settings
 
-_PARTS: Final = ("imports", "planning", "boundaries", "restores", "redundancy", "persistent", "device", "saves")
+_PARTS: Final = (
+    "imports",
+    "planning",
+    "boundaries",
+    "restores",
+    "redundancy",
+    "persistent",
+    "device",
+    "overlap",
+    "saves",
+)
 _MOUNT: Final = Path("/dev/shm")
 
 
@@ -100,6 +111,11 @@ def _device(settings: Settings, directory: Path, options: argparse.Namespace) ->
     return found, device_figures(found)
 
 
+def _overlap(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_overlap(settings, directory, _say)
+    return found, overlap_figures(found)
+
+
 _Part = Callable[[Settings, Path, argparse.Namespace], tuple[Any, list[told.Figure]]]
 _PART: Final[dict[str, _Part]] = {
     "imports": _imports,
@@ -109,6 +125,7 @@ _PART: Final[dict[str, _Part]] = {
     "redundancy": _redundancy,
     "persistent": _persistent,
     "device": _device,
+    "overlap": _overlap,
     "saves": _saves,
 }
 

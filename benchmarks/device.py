@@ -23,24 +23,26 @@ from resilience.snapshot.arena import Arena
 from resilience.snapshot.copying import Copying
 from resilience.stores.filesystem import PosixFileSystem
 
-__all__ = ["make"]
+__all__ = ["MODES", "SHAPES", "Job", "make"]
 
 Mode = Literal["eager", "overlapped"]
+MODES: Final[tuple[Mode, ...]] = ("eager", "overlapped")
+SHAPES: Final = {"large": 64, "small": 1667}  # parameters; with Adam's moments three times as many tensors
 _BOUND_S: Final = 60.0
 _STEPS: Final = 12  # of one timed loop
 
 
-class _Job:
+class Job:
     """A state on the device, and a controller whose boundaries are at our command."""
 
     def __init__(self, place: Place, name: str, mode: Mode, count: int, numel: int) -> None:
-        device = torch.device(place.options["device"])
-        self.model = nn.ParameterList(nn.Parameter(torch.randn(numel, device=device)) for _ in range(count))
+        self.device = torch.device(place.options["device"])
+        self.model = nn.ParameterList(nn.Parameter(torch.randn(numel, device=self.device)) for _ in range(count))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         for parameter in self.model:
             parameter.grad = torch.full_like(parameter, 1e-3)
         self.optimizer.step()
-        checkpoint = CheckpointConfig(non_persistent_ckpt_type="in_memory", non_persistent_save_interval=10**9)
+        checkpoint = CheckpointConfig(non_persistent_ckpt_type="in_memory", non_persistent_save_interval=1)
         resiliency = ResiliencyConfig(
             run_id=name, memory_dir=str(place.node_directory / name), snapshot_mode=mode,
             max_restarts_without_progress=1_000_000,
@@ -52,10 +54,9 @@ class _Job:
     def nbytes(self) -> int:
         return 3 * sum(parameter.nbytes for parameter in self.model)
 
-    def boundary(self, *, saving: bool) -> None:
+    def boundary(self) -> None:
+        """A save is due at each."""
         self.controller.after_step(self.controller.iteration + 1)
-        if saving:
-            self.controller.save(self.controller.iteration, "non_persistent")
 
     def settle(self) -> None:
         self.controller.wait()
@@ -70,11 +71,10 @@ class _DeviceBench:
         self._place = place
         self._device = torch.device(place.options["device"])
         total = place.settings.shard_bytes * int(place.options["times"]) // 3 // 4  # elements of the parameters
-        shapes = {"large": (64, total // 64), "small": (1667, total // 1667)}
         self._jobs = {
-            (shape, mode): _Job(place, f"{shape}-{mode}", mode, *sizes)
-            for shape, sizes in shapes.items()
-            for mode in _MODES
+            (shape, mode): Job(place, f"{shape}-{mode}", mode, count, total // count)
+            for shape, count in SHAPES.items()
+            for mode in MODES
         }
         nbytes = self._jobs["large", "eager"].nbytes
         self._source = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -86,7 +86,7 @@ class _DeviceBench:
         self._product_s = self._time_products(20) / 20
         for job in self._jobs.values():  # arenas, plans, the strict witness
             for _ in range(4):
-                job.boundary(saving=True)
+                job.boundary()
                 job.settle()
                 job.optimizer.step()
 
@@ -111,7 +111,7 @@ class _DeviceBench:
         """The training thread at a save's boundary, and at the optimizer's next step beyond what that takes anyway."""
         job = self._jobs[shape, mode]
         self._wait()
-        boundary_s = timed(lambda: job.boundary(saving=True))
+        boundary_s = timed(job.boundary)
         self._work(1.2 * self._copy_s())  # is enqueued at once
         step_s = timed(job.optimizer.step)
         self._wait()
@@ -124,7 +124,7 @@ class _DeviceBench:
         """Loops of steps that are long enough to copy and hash in: bare, and with a save at every step."""
         busy_s = float(self._place.options["busy"]) * self._copy_s()
         found = {}
-        for mode in ("bare", *_MODES):
+        for mode in ("bare", *MODES):
             job = self._jobs["large", "eager" if mode == "bare" else mode]  # type: ignore[index]
             skipped = job.controller.status()["skipped_saves"]
             self._wait()
@@ -132,11 +132,9 @@ class _DeviceBench:
             for _ in range(_STEPS):
                 self._work(busy_s)
                 job.optimizer.step()
-                if mode == "bare":
-                    self._wait()  # as a loss that is looked at
-                else:
-                    self._wait()
-                    job.boundary(saving=True)
+                self._wait()  # as for a loss that is looked at
+                if mode != "bare":
+                    job.boundary()
             self._wait()
             found[f"loop_{mode}"] = time.perf_counter() - began
             job.settle()
@@ -201,9 +199,6 @@ class _DeviceBench:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-
-
-_MODES: Final[tuple[Mode, ...]] = ("eager", "overlapped")
 
 
 def make(place: Place) -> _DeviceBench:

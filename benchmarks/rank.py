@@ -36,6 +36,7 @@ _ROLES: Final = {
     "boundaries": "benchmarks.boundaries",
     "redundancy": "benchmarks.redundancy",
     "device": "benchmarks.device",
+    "overlap": "benchmarks.overlap",
 }
 
 

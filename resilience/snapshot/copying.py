@@ -34,7 +34,7 @@ __all__ = ["DONE", "Copy", "Copying", "Pair", "Part", "Witness"]
 #: A host tensor, and what is copied into it.
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-_PLANS: Final = 64  # that are kept: one for each layout of this rank's, and of those that it composes replicas of
+_NOTHING: Final[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,13 @@ class Copying:
 
     def start(self, parts: Sequence[Part], pairs: Sequence[Pair], seal: Callable[[], None]) -> None:
         """An eager copy: all of it, sealed. SaveFailedError if the device has no room to gather small tensors in."""
-        plans = [self._plan(part, frozenset()) for part in parts]
+        plans = self._plans_of(parts, _NOTHING)
         devices = self._begin(parts, plans, pairs)
         with _room_on_device():
             for device in devices:
                 with self._streams.on(device):
-                    _cross(device, parts, [plan.device_now for plan in plans], pairs)
+                    room = self._streams.room(device)
+                    _cross(device, parts, [plan.device_now for plan in plans], pairs, room)
         events = [self._streams.mark(device) for device in devices]
         _copy_host(parts, [plan.host_now for plan in plans], pairs)
         for event in events:
@@ -207,7 +208,7 @@ class Copying:
         not vouch for the copy.
         """
         assert self._lane is not None
-        plans = [self._plan(part, later) for part in parts]
+        plans = self._plans_of(parts, later)
         with _room_on_device():
             for device in _devices([plan.device_now for plan in plans], pairs_now):  # in the order of training's stream
                 _cross(device, parts, [plan.device_now for plan in plans], pairs_now)
@@ -263,7 +264,8 @@ class Copying:
     ) -> None:
         for device in devices:
             with self._streams.on(device):
-                _cross(device, parts, [plan.device_later for plan in plans], pairs)
+                room = self._streams.room(device)
+                _cross(device, parts, [plan.device_later for plan in plans], pairs, room)
         events = [(device, self._streams.mark(device)) for device in devices]
         _copy_host(parts, [plan.host_later for plan in plans], pairs)
         copy.hand_over(events)
@@ -278,6 +280,12 @@ class Copying:
                 self._pageable = True
                 what = f"an arena could not be page-locked, so that snapshots of the device take longer: {error}"
                 self._tell("warning", what=what, advice="")
+
+    def _plans_of(self, parts: Sequence[Part], later: Collection[str]) -> list[_Plan]:
+        """All others are forgotten: they would keep tensors of a device alive that training has given up."""
+        plans = [self._plan(part, later) for part in parts]
+        self._plans = {id(plan.layout): plan for plan in plans}
+        return plans
 
     def _plan(self, part: Part, later: Collection[str]) -> _Plan:
         """Kept while layout and kind of sources are the same."""
@@ -296,8 +304,6 @@ class Copying:
                 (plan.host_later if deferred else plan.host_now).append(position)
         plan.device_now = {device: plan_crossing(part.layout, part.sources, them) for device, them in now.items()}
         plan.device_later = {device: plan_crossing(part.layout, part.sources, them) for device, them in then.items()}
-        if len(self._plans) >= _PLANS:  # layouts come and go with the structure
-            self._plans.clear()
         self._plans[id(part.layout)] = plan
         return plan
 
@@ -340,6 +346,7 @@ def _cross(
     parts: Sequence[Part],
     plans: Sequence[Mapping[torch.device, CrossingPlan]],
     pairs: Sequence[Pair],
+    room: torch.Tensor | None = None,
 ) -> None:
     """On the current stream of `device`."""
     for target, source in pairs:
@@ -347,4 +354,4 @@ def _cross(
             target.copy_(source, non_blocking=True)
     for part, plan in zip(parts, plans, strict=True):
         if device in plan:
-            plan[device].issue(part.arena.content, part.sources)
+            plan[device].issue(part.arena.content, part.sources, room)

@@ -3,7 +3,7 @@
 An accelerator's copy engine takes one command after the other. A tensor of gigabytes in one command would keep
 training's own copies (a loss that is printed) waiting for as long, and thousands of small tensors cost more in commands
 than in bytes. So large pieces are cut, and small ones that lie side by side in the arena are put side by side on the
-device first and cross over together. The buffer they meet in comes from torch's allocator, in the order of the stream.
+device first and cross over together.
 
 Nothing here waits for the whole device: streams wait for events, and a background thread for the last one.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, Final
 
 import torch
@@ -51,31 +52,68 @@ class _Crossing:
         return len(self.cuts) == 1 and self.cuts[0][1].flat
 
 
-@dataclass(frozen=True)
 class CrossingPlan:
-    """How some of a layout's pieces cross; holds while the layout and the sources' strides do."""
+    """How some of a layout's pieces cross; holds while the layout and the way in which the sources lie do."""
 
-    crossings: tuple[_Crossing, ...]
+    def __init__(self, crossings: Sequence[_Crossing]) -> None:
+        self._crossings = tuple(crossings)
+        self._met: dict[int, _Meeting] = {}  # by crossing
 
-    def issue(self, content: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
-        """Put all of it on the current stream. `content`: the arena's bytes. Does not wait if they are page-locked."""
-        for crossing in self.crossings:
+    def issue(self, content: torch.Tensor, sources: Sequence[torch.Tensor], room: torch.Tensor | None = None) -> None:
+        """Put all of it on the current stream. `content`: the arena's bytes. Does not wait if they are page-locked.
+
+        `room`: bytes on the device that nothing but this stream uses, for what meets; without it, torch's allocator
+        gives some.
+        """
+        for number, crossing in enumerate(self._crossings):
             if crossing.direct:
                 start, cut = crossing.cuts[0]
                 part = _elements(sources[cut.position], cut)
                 typed_view(content, start, part.dtype, part.shape).copy_(part, non_blocking=True)
+                continue
+            nbytes = crossing.stop - crossing.start
+            if room is None or room.numel() < nbytes:
+                device = sources[crossing.cuts[0][1].position].device
+                meeting = _meet(crossing, sources, torch.empty(nbytes, dtype=torch.uint8, device=device))
             else:
-                self._meet_and_cross(crossing, content, sources)
+                meeting = self._met_before(number, crossing, sources, room)
+            torch._foreach_copy_(meeting.places, meeting.parts)
+            content[crossing.start : crossing.stop].copy_(meeting.room[:nbytes], non_blocking=True)
 
-    def _meet_and_cross(self, crossing: _Crossing, content: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
-        parts = [_elements(sources[cut.position], cut) for _, cut in crossing.cuts]
-        together = torch.empty(crossing.stop - crossing.start, dtype=torch.uint8, device=parts[0].device)
-        places = [
-            typed_view(together, start - crossing.start, part.dtype, part.shape)
-            for (start, _), part in zip(crossing.cuts, parts, strict=True)
-        ]
-        torch._foreach_copy_(places, parts)
-        content[crossing.start : crossing.stop].copy_(together, non_blocking=True)
+    def _met_before(
+        self, number: int, crossing: _Crossing, sources: Sequence[torch.Tensor], room: torch.Tensor
+    ) -> _Meeting:
+        """Thousands of views are kept, since to make them takes longer than to copy what they show."""
+        known = self._met.get(number)
+        if (
+            known is None
+            or known.room is not room
+            or not known.is_of(sources[cut.position] for _, cut in crossing.cuts)
+        ):
+            known = self._met[number] = _meet(crossing, sources, room)
+        return known
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """The parts of one crossing, and their places side by side in `room`."""
+
+    sources: list[torch.Tensor]
+    parts: list[torch.Tensor]
+    places: list[torch.Tensor]
+    room: torch.Tensor
+
+    def is_of(self, sources: Iterable[torch.Tensor]) -> bool:
+        return all(map(is_, self.sources, sources))
+
+
+def _meet(crossing: _Crossing, sources: Sequence[torch.Tensor], room: torch.Tensor) -> _Meeting:
+    parts = [_elements(sources[cut.position], cut) for _, cut in crossing.cuts]
+    places = [
+        typed_view(room, start - crossing.start, part.dtype, part.shape)
+        for (start, _), part in zip(crossing.cuts, parts, strict=True)
+    ]
+    return _Meeting([sources[cut.position] for _, cut in crossing.cuts], parts, places, room)
 
 
 def plan_crossing(layout: Layout, sources: Sequence[torch.Tensor], positions: Iterable[int]) -> CrossingPlan:
@@ -105,7 +143,7 @@ def plan_crossing(layout: Layout, sources: Sequence[torch.Tensor], positions: It
         run.append((start, _whole(source, position)))
         end = start + nbytes
     close()
-    return CrossingPlan(tuple(crossings))
+    return CrossingPlan(crossings)
 
 
 def _cut_large(source: torch.Tensor, position: int, start: int) -> Iterable[_Crossing]:
@@ -141,6 +179,7 @@ class SideStreams:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
+        self._rooms: dict[torch.device, torch.Tensor] = {}
 
     def begin(self, devices: Iterable[torch.device]) -> None:
         """What crosses from now on is what the current streams will have made of all that was enqueued so far."""
@@ -152,6 +191,12 @@ class SideStreams:
     def on(self, device: torch.device) -> Any:
         """A context in which `device`'s side stream is current; any thread."""
         return torch.cuda.stream(self._streams[device])
+
+    def room(self, device: torch.device) -> torch.Tensor:
+        """Bytes on the device that only its side stream uses, in which small tensors meet. With that stream current."""
+        if device not in self._rooms:
+            self._rooms[device] = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device)
+        return self._rooms[device]
 
     def mark(self, device: torch.device) -> Any:
         """An event behind all that was put on the side stream so far. To wait for it does not spin."""

@@ -27,7 +27,8 @@ from resilience.state.training_state import TrainingState
 __all__ = ["Overlap", "refuse_overlap"]
 
 _STRICT_EVERY: Final = 100
-#: Tensors below this are copied at the boundary: to hand them over would cost more.
+#: Tensors below this are copied at the boundary: to hand them over would cost more. Not those of a device, which cross
+#: together with others.
 _SMALL_BYTES: Final = 4096
 _KEY = 'resiliency.snapshot_mode: "overlapped"'
 _EAGER = 'Use snapshot_mode="eager".'
@@ -139,7 +140,9 @@ class Overlap:
 
     def _make_witness(self, parts: Sequence[Part], later: Collection[str]) -> Witness:
         chosen = [(part, self._copying.deferred(part, later)) for part in parts]
-        sources = [part.sources[position] for part, positions in chosen for position in positions]
+        sources: list[torch.Tensor] = []
+        for part, positions in chosen:
+            sources += map(part.sources.__getitem__, positions)
 
         def name(number: int) -> str:
             return [part.layout.placed[place].piece.key for part, places in chosen for place in places][number]
@@ -150,11 +153,11 @@ class Overlap:
         return Versions(name, sources)
 
     def _keys(self, items: Sequence[Item], layout: Layout) -> frozenset[str]:
-        """Keys of what may be copied later: parameters and their optimizer state, unless small. Kept by layout."""
+        """Keys of what is copied later: parameters and their optimizer state. Kept by layout."""
         if layout is not self._layout:
             names = frozenset(self._state.stepped_keys())
-            large = (item.key for item in items if item.tensor.nbytes >= _SMALL_BYTES)
-            self._layout, self._later = layout, frozenset(key for key in large if _stepped(key, names))
+            worth_it = (item.key for item in items if item.tensor.is_cuda or item.tensor.nbytes >= _SMALL_BYTES)
+            self._layout, self._later = layout, frozenset(key for key in worth_it if _stepped(key, names))
         return self._later
 
 

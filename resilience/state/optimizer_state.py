@@ -10,6 +10,7 @@ by the parameter's name in the model. Hooks on `Optimizer.state_dict` are not ru
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +29,7 @@ class OptimizerState:
         self.position = position
         self._names_by_id = names_by_id
         self._named: list[list[tuple[torch.Tensor, str]]] = []
+        self._grouped: list[list[torch.Tensor]] = []  # the parameters that are named so
         self._outside: set[str] = set()  # names of parameters that belong to no model
 
     def collect(self) -> dict[str, Any]:
@@ -94,8 +96,10 @@ class OptimizerState:
     def _names(self) -> list[list[tuple[torch.Tensor, str]]]:
         """Parameters and their names, group by group; worked out again when the groups changed."""
         groups = [group["params"] for group in self.optimizer.param_groups]
-        if [[id(each) for each in group] for group in groups] != [[id(each) for each, _ in g] for g in self._named]:
+        same = list(map(len, groups)) == list(map(len, self._grouped))
+        if not same or not all(all(map(is_, *both)) for both in zip(groups, self._grouped, strict=True)):
             known = self._names_by_id()
+            self._grouped = [list(group) for group in groups]
             self._named = [
                 [(each, known.get(id(each), f"param.{index}.{place}")) for place, each in enumerate(group)]
                 for index, group in enumerate(groups)

@@ -7,7 +7,7 @@ among them. (Expert parameters differ within data parallelism too; the equality 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from resilience.errors import ConfigError, CorruptCopyError
 
@@ -76,7 +76,7 @@ class ParallelLayout:
 
     def to_dict(self) -> dict[str, int | None]:
         """Sizes and places by name."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, written: object) -> ParallelLayout:
@@ -94,7 +94,7 @@ class ParallelLayout:
     @property
     def is_resolved(self) -> bool:
         """Whether the size and all places are known."""
-        return None not in asdict(self).values()
+        return None not in self.to_dict().values()
 
     @property
     def world_size(self) -> int:

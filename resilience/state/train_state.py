@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from resilience.errors import CorruptCopyError
@@ -24,7 +24,7 @@ class TrainState:
 
     def to_dict(self) -> dict[str, int | float | bool]:
         """The eight counters by name."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, counters: Mapping[str, Any]) -> TrainState:

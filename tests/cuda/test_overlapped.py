@@ -82,7 +82,7 @@ def test_the_host_goes_on_at_once_and_the_step_waits_on_the_device(
         for _ in range(3):  # arenas are made, the strict witness was heard
             job.step(next(batches))
         trainer.wait()
-        slow_copies(monkeypatch, 1_000_000_000)  # about half a second
+        slow_copies(monkeypatch, 3_000_000_000)  # over a second
         number = next(batches)  # the boundary: a copy begins
         done = torch.cuda.Event()
         began = time.perf_counter()
