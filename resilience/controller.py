@@ -36,6 +36,7 @@ from resilience.runtime.clock import Clock, SystemClock
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.saving import Saving
 from resilience.saving.lanes import CLOSE_BOUND_S
+from resilience.snapshot.overlap import WatchSteps, watch_all
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
@@ -98,6 +99,9 @@ class ResiliencyController:
         self._step_told_at = self.clock.now()
         self.tells_every_step = False  # in a drill
 
+    #: How to hear of the steps that an overlapped snapshot has to be joined before.
+    watch_steps: WatchSteps = staticmethod(watch_all)
+
     # -- start --------------------------------------------------------------------------------------------------------
 
     def restore(self) -> Resume | None:
@@ -125,7 +129,15 @@ class ResiliencyController:
         self.resumed_from = resume
         self.state.train_state.step = self.iteration
         self._saving = Saving(
-            start, self.state, self.checkpoint, self.resiliency, self._log, self.clock, self._fs, self.tell
+            start,
+            self.state,
+            self.checkpoint,
+            self.resiliency,
+            self._log,
+            self.clock,
+            self._fs,
+            self.tell,
+            self.watch_steps,
         )
         book = self._saving.adopt(plan)
         start.restorer.close()

@@ -36,7 +36,7 @@ from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
 from resilience.snapshot.copying import DONE, Copying, Part
 from resilience.snapshot.layout import ShardIdentity
-from resilience.snapshot.overlap import Overlap, refuse_overlap
+from resilience.snapshot.overlap import Overlap, WatchSteps, refuse_overlap
 from resilience.snapshot.planner import PlanGroups, SnapshotPlanner
 from resilience.snapshot.twins import Twin, Twins, rest_for
 from resilience.state.items import Collected
@@ -65,6 +65,7 @@ class Saving:
         clock: Clock,
         fs: FileSystem,
         tell: Callable[..., None],
+        watch_steps: WatchSteps,
     ) -> None:
         """Collective: opens the groups of the lanes."""
         self._start = start
@@ -91,7 +92,7 @@ class Saving:
             refuse_overlap(state)
         self.lanes = lanes = Lanes(tell, start.threads, overlapped=overlapped)
         self._copying = Copying(lanes.copy, start.threads, tell)
-        self._overlap = Overlap(state, self._copying, tell, clock.now) if overlapped else None
+        self._overlap = Overlap(state, self._copying, tell, clock.now, watch_steps) if overlapped else None
         self._begun: SaveReport | None = None  # of the newest snapshot
         self.afterwards = Afterwards(start, log, lanes, fs, tell)
         self._groups: list[Agreements] = [self._plan_groups.own]

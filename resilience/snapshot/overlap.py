@@ -9,7 +9,7 @@ one by its bytes. A copy that no witness vouches for fails its save, and from th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final
+from typing import Final, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -24,7 +24,7 @@ from resilience.state.items import Item
 from resilience.state.sharding import without_block
 from resilience.state.training_state import TrainingState
 
-__all__ = ["Overlap", "refuse_overlap"]
+__all__ = ["Overlap", "WatchSteps", "refuse_overlap", "watch_all"]
 
 _STRICT_EVERY: Final = 100
 #: Tensors below this are copied at the boundary: to hand them over would cost more. Not those of a device, which cross
@@ -33,6 +33,21 @@ _SMALL_BYTES: Final = 4096
 _KEY = 'resiliency.snapshot_mode: "overlapped"'
 _EAGER = 'Use snapshot_mode="eager".'
 _CAPTURED = "the optimizer's step was captured in a graph, whose replays tell nobody that they begin"
+
+
+class Hook(Protocol):
+    def remove(self) -> None:
+        """May be called again."""
+        ...
+
+
+#: Has something called ahead of every step that may change what is copied.
+WatchSteps = Callable[[Callable[[], None]], Hook]
+
+
+def watch_all(before: Callable[[], None]) -> Hook:
+    """Ahead of every step of any torch optimizer of this process."""
+    return register_optimizer_step_pre_hook(lambda *_: before())
 
 
 def refuse_overlap(state: TrainingState) -> None:
@@ -60,7 +75,14 @@ def refuse_overlap(state: TrainingState) -> None:
 class Overlap:
     """The overlapped copies of one rank: one under way at a time. For the training thread, unless it says otherwise."""
 
-    def __init__(self, state: TrainingState, copying: Copying, tell: Callable[..., None], now: Callable[[], float]):
+    def __init__(
+        self,
+        state: TrainingState,
+        copying: Copying,
+        tell: Callable[..., None],
+        now: Callable[[], float],
+        watch: WatchSteps | None = None,
+    ) -> None:
         """ConfigError as `refuse_overlap`. `close` takes the hook off again."""
         refuse_overlap(state)
         self._state = state
@@ -74,7 +96,7 @@ class Overlap:
         self._told = False
         self._layout: Layout | None = None  # of which the keys are
         self._later: frozenset[str] = frozenset()
-        self._hook: Any = register_optimizer_step_pre_hook(lambda *_: self._before_a_step())
+        self._hook = (watch or watch_all)(self._before_a_step)
         self.waited_s = 0.0  # in joins, since it was last taken
 
     @property
@@ -120,9 +142,7 @@ class Overlap:
 
     def close(self) -> None:
         """No step comes any more; what is being copied is not believed, unless it was found right. May be repeated."""
-        hook, self._hook = self._hook, None
-        if hook is not None:
-            hook.remove()
+        self._hook.remove()
         self._copy.abandon("training ended before the optimizer's next step")
         self._copy, self._witness = DONE, None
 

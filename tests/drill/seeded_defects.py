@@ -111,6 +111,13 @@ def _slow_drains(h: Any, seed: int) -> Any:
     )  # fmt: skip
 
 
+def _overlapped(h: Any, seed: int) -> Any:
+    """Every save is copied while the next step is under way; then the job dies."""
+    kill = h.Fault("kill", 0, "train", 0, 120 + 7 * seed)
+    overlapped = (("snapshot_mode", "overlapped"),)
+    return h.History(seed, steps=60, interval=1, eagerness=0.05, resiliency=overlapped, faults=(kill,))
+
+
 DEFECTS = (
     Defect(
         "a receiver does not compare the digest of a replica",
@@ -262,6 +269,19 @@ DEFECTS = (
         "the attempt log forgets what the start resumed from",
         (Patch("controller.py", "decision.next_generation, base=decision.base, fork=decision.fork", "decision.next_generation, base=None, fork=decision.fork"),),
         histories=_lost_after_a_restart,
+    ),
+    Defect(
+        "the optimizer does not wait for an overlapped copy, and nobody looks at what changed",
+        (
+            Patch("snapshot/overlap.py", "            return\n        self.join()\n", "            return\n"),
+            Patch("snapshot/copying.py", "        return said or witness.agrees()\n", '        return ""\n'),
+        ),
+        histories=_overlapped,
+    ),
+    Defect(
+        "a save is hashed and sent before its overlapped copy is over",
+        (Patch("replication/protection.py", "spoiled = job.copy.wait()", 'spoiled = ""'),),
+        histories=_overlapped,
     ),
     Defect(
         "a rank acts on what it was asked, not on what all agreed",

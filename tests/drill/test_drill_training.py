@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from resilience.cli_drill import predict
+from resilience.config import ResiliencyConfig
 from resilience.drill.drill import run_drill
 from resilience.drill.environment import Plan
 from resilience.drill.result import LOSS_TOLERANCE, DrillResult
@@ -19,11 +20,15 @@ from resilience.drill.story import Story
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 
 
-def drill(root: Path, repository: Path, *specs: str, train_iters: int = 24, **shape: Any) -> DrillResult:
+def drill(
+    root: Path, repository: Path, *specs: str, train_iters: int = 24, settings: ResiliencyConfig | None = None,
+    **shape: Any,
+) -> DrillResult:  # fmt: skip
     scenario = Scenario(faults=tuple(map(parse_fault, specs)), train_iters=train_iters, **shape)
     script = (str(repository / "examples" / "gpt.py"), "--batch", "2")
     told = io.StringIO()
-    result = run_drill(Plan(scenario, root / "out", script, timeout_s=500), Story(told), explain=predict)
+    given = {} if settings is None else {"resiliency": settings}
+    result = run_drill(Plan(scenario, root / "out", script, timeout_s=500, **given), Story(told), explain=predict)
     assert result.problems == [], told.getvalue()
     assert result.passed
     assert result.bit_identical
@@ -89,6 +94,14 @@ def test_the_older_save_is_resumed_when_the_newest_cannot_be(
 def test_with_saves_on_shared_storage_no_node_matters(tmp_path: Path, repository: Path) -> None:
     (lost,) = drill(tmp_path, repository, "lose:node=1@13", nodes=2, save_type="global").faults
     assert lost.resumed_from == {"iteration": 10, "generation": 1, "tier": "global"}
+
+
+@pytest.mark.long
+def test_overlapped_snapshots_survive_what_eager_ones_do(tmp_path: Path, repository: Path) -> None:
+    faults = ["lose:node=2@13", "corrupt:node=1@19", "kill:rank=0@25"]
+    settings = ResiliencyConfig(snapshot_mode="overlapped")
+    result = drill(tmp_path, repository, *faults, nodes=3, save_every=2, train_iters=30, settings=settings)
+    assert [fault.lost_iterations for fault in result.faults] <= [3, 3, 3]
 
 
 @pytest.mark.long

@@ -310,7 +310,8 @@ class Cluster:
         )  # fmt: skip
         chance = random.Random(f"rank {history.seed} {start.truth.number} {rank.rank}")
         training = Training(
-            rank.rank, f"{history.seed}/{start.truth.number}", observer, lambda: self._is_healthy(start, rank)
+            rank.rank, f"{history.seed}/{start.truth.number}", observer, lambda: self._is_healthy(start, rank),
+            overlapped=("snapshot_mode", "overlapped") in history.resiliency,
         )  # fmt: skip
         clock = SimClock(scheduler, lambda: rank.node.clock_jump_s)
         try:

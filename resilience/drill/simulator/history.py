@@ -139,6 +139,7 @@ def draw_history(seed: int, focus: Sequence[FaultKind] = ()) -> History:
         for one in range(_count(chance))
     )
     checkpoint, resiliency = _draw_options(chance, persist, ranks_per_node)
+    resiliency += _draw_mode(seed)
     return History(
         seed, nodes, ranks_per_node, chance.choice((3, 4, 5, 6, 8)), kind, chance.choice((1, 2, 2, 3)), persist,
         checkpoint, resiliency, chance.random() < 0.85, chance.choice((2, 2, 2, 3)) if nodes > 2 else 2,
@@ -187,3 +188,9 @@ def _draw_options(
     if chance.random() < 0.2:
         resiliency["non_persistent_sync"] = True
     return tuple(checkpoint.items()), tuple(resiliency.items())
+
+
+def _draw_mode(seed: int) -> tuple[tuple[str, Any], ...]:
+    """Drawn apart, so that all else of a seed stays what it was."""
+    overlapped = random.Random(f"overlapped {seed}").random() < 0.4
+    return (("snapshot_mode", "overlapped"),) if overlapped else ()

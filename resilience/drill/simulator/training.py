@@ -7,7 +7,7 @@ iteration are in different states there, so that a state tells exactly which sav
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,25 @@ class _Model(torch.nn.Module):
         self.register_buffer("mean", torch.zeros(16))
 
 
+def _change(weight: torch.Tensor, row: int, all_rows: float, one_row: float) -> None:
+    weight.mul_(0.5).add_(all_rows)
+    weight[row] += one_row
+
+
+class _Steps(torch.optim.Optimizer):
+    """Changes the weights as it is told."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        super().__init__(list(parameters), {})
+
+    def step(self, change: Any = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            _change(self.param_groups[0]["params"][0], *change)
+
+    def watch(self, before: Callable[[], None]) -> Any:
+        return self.register_step_pre_hook(lambda *_: before())
+
+
 class _Own:
     """What this rank alone has: it tells rank, start and all iterations so far."""
 
@@ -66,22 +85,29 @@ class _Own:
 class Training:
     """The training state of one rank in one start."""
 
-    def __init__(self, rank: int, salt: str, observer: Observer, healthy: Callable[[], bool]) -> None:
+    def __init__(
+        self, rank: int, salt: str, observer: Observer, healthy: Callable[[], bool], *, overlapped: bool = False
+    ) -> None:
+        """`overlapped`: snapshots are, and the weights change in the step of an optimizer."""
         self._rank = rank
         self._salt = salt
         self._observer = observer
         self._model = _Model()
         self._own = _Own(rank, lambda: observer.loading(rank))
-        self.state = TrainingState(self._model, extra_state={"own": self._own}, healthy=healthy)
+        self._optimizer = _Steps(self._model.parameters()) if overlapped else None
+        self.state = TrainingState(self._model, self._optimizer, extra_state={"own": self._own}, healthy=healthy)
 
     def step(self, iteration: int) -> None:
         shared = random.Random(f"{self._salt}/{iteration}")
+        change = (iteration % 256, shared.random(), shared.random())
         with torch.no_grad():
-            self._model.weight.mul_(0.5).add_(shared.random())
-            self._model.weight[iteration % 256] += shared.random()
+            if self._optimizer is None:
+                _change(self._model.weight, *change)
             self._model.mean.mul_(0.9).add_(shared.random())
             self._own.past.mul_(0.5).add_(random.Random(f"{self._salt}/{iteration}/{self._rank}").random())
         self._own.samples += 1 + self._rank
+        if self._optimizer is not None:
+            self._optimizer.step(change)
 
     def digest(self) -> str:
         hasher = xxhash.xxh3_128()
@@ -96,14 +122,20 @@ class Training:
         """Resume, train to the end, finish. Raises what the controller raises."""
         rank, observer = self._rank, self._observer
         controller.hear = lambda event, fields: observer.told(rank, event, fields)
+        if self._optimizer is not None:  # its own: a hook on all would hear of the other ranks' steps
+            controller.watch_steps = self._optimizer.watch
         phase("start")
         resume = controller.restore()
         observer.resumed(rank, controller.events.attempt, resume, controller.iteration, self.digest())
         phase("train")
         while controller.iteration < steps:
-            controller.clock.sleep(step_s())
             iteration = controller.iteration + 1
+            at_once = self._optimizer is not None and iteration % 2 == 1  # nothing else runs before the weights change
+            if not at_once:
+                controller.clock.sleep(step_s())
             self.step(iteration)
+            if at_once:
+                controller.clock.sleep(step_s())
             observer.boundary(rank, controller.events.attempt, iteration, self.digest())
             controller.after_step(iteration, last=iteration == steps)
         phase("finish")

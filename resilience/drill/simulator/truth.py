@@ -306,6 +306,8 @@ class Truth:
         """Whether a later attempt abandoned it. `certain`: and that attempt's log is in sight of `seen_by`."""
         generation = generation_of(key[1])
         for start in self.starts:
+            if not certain and self._went_back_unheard(start, key):
+                return True
             if not start.attempt or generation_of(start.attempt) <= generation or start is seen_by:
                 continue
             if start.base is not None and start.base >= key:
@@ -320,6 +322,12 @@ class Truth:
             if start.rollback is not None and seen_by is not None and self._log_is_seen(start, seen_by):
                 return True
         return False
+
+    def _went_back_unheard(self, start: StartTruth, key: Key) -> bool:
+        """Whether a start that was sent back to before this save died in its restore: it may have noted so, or not."""
+        if start.attempt or start.rollback is None or start is self.starts[-1]:
+            return False
+        return start.number > self.saves[key].start and start.rollback < key[0]
 
     def _log_is_seen(self, start: StartTruth, by: StartTruth) -> bool:
         nodes = set(start.nodes) & set(by.nodes)
