@@ -36,7 +36,7 @@ from resilience.runtime.clock import Clock, SystemClock
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.saving import Saving
 from resilience.saving.lanes import CLOSE_BOUND_S
-from resilience.snapshot.overlap import WatchSteps, watch_all
+from resilience.snapshot.overlap import WatchSteps, refuse_overlap, watch_all
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
@@ -80,6 +80,8 @@ class ResiliencyController:
         validate_together(self.checkpoint, self.resiliency, world_size=self._communicator.world_size)
         if self.checkpoint.save is not None or self.checkpoint.non_persistent_ckpt_type == "global":
             check_format(self.checkpoint.ckpt_format, job_facts(state), async_save=self.checkpoint.async_save)
+        if self.resiliency.snapshot_mode == "overlapped":
+            refuse_overlap(state)
         self.events = self._open_events()
         for override in overrides:
             self.tell("warning", what=str(override), advice="")

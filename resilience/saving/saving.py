@@ -36,7 +36,7 @@ from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
 from resilience.snapshot.copying import DONE, Copying, Part
 from resilience.snapshot.layout import ShardIdentity
-from resilience.snapshot.overlap import Overlap, WatchSteps, refuse_overlap
+from resilience.snapshot.overlap import Overlap, WatchSteps
 from resilience.snapshot.planner import PlanGroups, SnapshotPlanner
 from resilience.snapshot.twins import Twin, Twins, rest_for
 from resilience.state.items import Collected
@@ -88,8 +88,6 @@ class Saving:
         self._turn = 0
         self._rest: tuple[Range, ...] = ()  # what of this rank's shard a holder that composes it needs
         overlapped = resiliency.snapshot_mode == "overlapped"
-        if overlapped:
-            refuse_overlap(state)
         self.lanes = lanes = Lanes(tell, start.threads, overlapped=overlapped)
         self._copying = Copying(lanes.copy, start.threads, tell)
         self._overlap = Overlap(state, self._copying, tell, clock.now, watch_steps) if overlapped else None

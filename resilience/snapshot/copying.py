@@ -90,15 +90,16 @@ class Copy:
         """Whether it has yet to be joined."""
         return not self._joined
 
-    def join(self, witness: Witness | None, bound_s: float | None = None) -> None:
+    def join(self, witness: Witness | None, bound_s: float | None = None) -> bool:
         """Wait until the sources may be changed: the host's are copied, and the device's stream waits by itself.
 
-        With `bound_s`, at a failing end: not for longer than that.
+        With `bound_s`, at a failing end, not for longer than that; whether they may be.
         """
         if self._guard is None or self._joined:
-            return
+            return True
         with self._guard:
-            self._guard.wait_for(lambda: self._handed_over or self._settled, timeout=bound_s)
+            if not self._guard.wait_for(lambda: self._handed_over or self._settled, timeout=bound_s):
+                return False
             settled = self._settled
             events = list(self._events)
         said = "" if settled or witness is None else witness.unchanged()
@@ -106,6 +107,7 @@ class Copy:
         with self._guard:
             self._joined, self._said = True, said
             self._guard.notify_all()
+        return True
 
     def abandon(self, why: str) -> None:
         """It must not be believed any more, unless it was found right already. Nothing waits for its join."""

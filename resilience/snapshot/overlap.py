@@ -8,6 +8,7 @@ one by its bytes. A copy that no witness vouches for fails its save, and from th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, Protocol
 
@@ -27,6 +28,7 @@ from resilience.state.training_state import TrainingState
 __all__ = ["Overlap", "WatchSteps", "refuse_overlap", "watch_all"]
 
 _STRICT_EVERY: Final = 100
+_CLOSE_BOUND_S: Final = 2.0
 #: Tensors below this are copied at the boundary: to hand them over would cost more. Not those of a device, which cross
 #: together with others.
 _SMALL_BYTES: Final = 4096
@@ -83,8 +85,7 @@ class Overlap:
         now: Callable[[], float],
         watch: WatchSteps | None = None,
     ) -> None:
-        """ConfigError as `refuse_overlap`. `close` takes the hook off again."""
-        refuse_overlap(state)
+        """`state`: one that `refuse_overlap` lets pass. `close` takes the hook off again."""
         self._state = state
         self._copying = copying
         self._tell = tell
@@ -141,10 +142,19 @@ class Overlap:
         return waited
 
     def close(self) -> None:
-        """No step comes any more; what is being copied is not believed, unless it was found right. May be repeated."""
+        """No step comes any more. May be repeated.
+
+        What is nearly copied is joined, since it may be the newest save that there is; of anything else, and of what is
+        compared byte by byte, nobody can say any more whether it is right.
+        """
         self._hook.remove()
-        self._copy.abandon("training ended before the optimizer's next step")
-        self._copy, self._witness = DONE, None
+        copy, witness, self._copy, self._witness = self._copy, self._witness, DONE, None
+        joined = False
+        if witness is not None and not witness.waits_for_join:
+            with contextlib.suppress(RuntimeError):  # of a device that failed
+                joined = copy.join(witness, _CLOSE_BOUND_S)
+        if not joined:
+            copy.abandon("training ended before the optimizer's next step")
 
     def _before_a_step(self) -> None:
         """Torch's hook on all optimizers; any thread that steps one."""

@@ -28,10 +28,10 @@ class Versions:
         """At the boundary; the sources are kept."""
         self._name = name
         self._sources = sources
-        self._seen = [source._version for source in sources]
+        self._seen = _counts(sources)
 
     def unchanged(self) -> str:
-        now = [source._version for source in self._sources]
+        now = _counts(self._sources)
         if now == self._seen:
             return ""
         changed = [number for number, new in enumerate(now) if new != self._seen[number]]
@@ -62,6 +62,13 @@ class Contents:
     def _compare(self, tensors: Sequence[torch.Tensor]) -> str:
         changed = [number for number, each in enumerate(tensors) if hash_tensor(each) != self._seen[number]]
         return _said(self._name(changed[0]), len(changed)) if changed else ""
+
+
+def _counts(sources: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return [source._version for source in sources]
+    except RuntimeError:  # what was made in inference mode has no count, and is not trained
+        return [0 if source.is_inference() else source._version for source in sources]
 
 
 def _said(first: str, count: int) -> str:

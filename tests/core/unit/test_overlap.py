@@ -340,6 +340,39 @@ def test_an_end_in_the_middle_keeps_nobody_waiting(rig: Callable[..., Rig]) -> N
     slow.close()
 
 
+def test_what_is_nearly_copied_when_training_ends_is_a_save(rig: Callable[..., Rig]) -> None:
+    slow = rig(delay_s=0.1)
+    slow.snapshot()
+    slow.step()
+    copy, arena, truth = slow.snapshot()
+    slow.close()
+    assert copy.wait() == ""
+    assert held_by(arena) == truth
+
+
+def test_what_is_far_from_copied_when_training_ends_is_given_up(rig: Callable[..., Rig], monkeypatch: Any) -> None:
+    monkeypatch.setattr(overlap_module, "_CLOSE_BOUND_S", 0.05)
+    slow = rig(delay_s=0.5)
+    slow.snapshot()
+    slow.step()
+    copy, _, _ = slow.snapshot()
+    slow.close()
+    assert "training ended" in copy.wait()
+
+
+def test_parameters_that_were_made_in_inference_mode_are_copied_too(rig: Callable[..., Rig]) -> None:
+    slow = rig()
+    with torch.inference_mode():
+        frozen = torch.randn(40, 40)
+    slow.net.register_parameter("frozen", nn.Parameter(frozen, requires_grad=False))
+    slow.snapshot()
+    slow.step()
+    copy, arena, truth = slow.snapshot()
+    slow.step()
+    assert copy.wait() == ""
+    assert held_by(arena)["model/0/frozen"] == truth["model/0/frozen"]
+
+
 def test_a_closed_one_hears_of_no_step_any_more(rig: Callable[..., Rig], monkeypatch: Any) -> None:
     calls: list[int] = []
     monkeypatch.setattr(Overlap, "_before_a_step", lambda self: calls.append(1))
