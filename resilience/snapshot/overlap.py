@@ -48,8 +48,9 @@ WatchSteps = Callable[[Callable[[], None]], Hook]
 
 
 def watch_all(before: Callable[[], None]) -> Hook:
-    """Ahead of every step of any torch optimizer of this process."""
-    return register_optimizer_step_pre_hook(lambda *_: before())
+    """Ahead of every step of any torch optimizer of this process, a compiled one too: it is called and not traced."""
+    called = torch.compiler.disable(before)  # type: ignore[no-untyped-call]
+    return register_optimizer_step_pre_hook(lambda *_: called())
 
 
 def refuse_overlap(state: TrainingState) -> None:

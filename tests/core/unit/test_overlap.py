@@ -243,6 +243,20 @@ def test_an_optimizer_that_nobody_told_of_waits_too(rig: Callable[..., Rig]) -> 
     assert held_by(arena) == truth
 
 
+def test_a_step_that_was_compiled_waits_too(rig: Callable[..., Rig]) -> None:
+    slow = rig(delay_s=0.05)
+    slow.forward_and_backward()
+    step = torch.compile(lambda: slow.all[0].step(), backend="eager")
+    step()
+    for _ in range(3):  # compiled with nothing to wait for, and run with something
+        copy, arena, truth = slow.snapshot()
+        slow.forward_and_backward()
+        step()
+        assert copy.wait() == ""
+        assert held_by(arena) == truth
+        step()
+
+
 def test_gradients_are_accumulated_meanwhile(rig: Callable[..., Rig]) -> None:
     slow = rig(delay_s=0.1)
     slow.forward_and_backward()
