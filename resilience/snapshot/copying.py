@@ -110,11 +110,12 @@ class Copy:
         return True
 
     def abandon(self, why: str) -> None:
-        """It must not be believed any more, unless it was found right already. Nothing waits for its join."""
+        """It is not to be believed any more, unless it was found right already, or joined. Nothing waits for its join."""
         if self._guard is not None:
             with self._guard:
-                self._joined, self._said = True, self._said or why
-                self._guard.notify_all()
+                if not self._joined:
+                    self._joined, self._said = True, why
+                    self._guard.notify_all()
 
     # -- for the lane that copies -------------------------------------------------------------------------------------
 

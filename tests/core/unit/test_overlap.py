@@ -27,6 +27,7 @@ from resilience.snapshot.layout import Layout, plan_layout
 from resilience.snapshot.overlap import Overlap
 from resilience.snapshot.pieces import pieces_of
 from resilience.snapshot.sources import Sources
+from resilience.snapshot.witness import Contents
 from tests.core.shards import FS
 
 COPYING = "resilience-copying"
@@ -246,7 +247,7 @@ def test_an_optimizer_that_nobody_told_of_waits_too(rig: Callable[..., Rig]) -> 
 def test_a_step_that_was_compiled_waits_too(rig: Callable[..., Rig]) -> None:
     slow = rig(delay_s=0.05)
     slow.forward_and_backward()
-    step = torch.compile(lambda: slow.all[0].step(), backend="eager")
+    step = torch.compile(slow.all[0].step, backend="eager")
     step()
     for _ in range(3):  # compiled with nothing to wait for, and run with something
         copy, arena, truth = slow.snapshot()
@@ -359,6 +360,21 @@ def test_what_is_nearly_copied_when_training_ends_is_a_save(rig: Callable[..., R
     slow.snapshot()
     slow.step()
     copy, arena, truth = slow.snapshot()
+    slow.close()
+    assert copy.wait() == ""
+    assert held_by(arena) == truth
+
+
+def test_what_was_joined_when_training_ends_is_a_save(rig: Callable[..., Rig], monkeypatch: Any) -> None:
+    slow, agrees = rig(), Contents.agrees
+
+    def late(self: Contents) -> str:
+        time.sleep(0.2)  # as the copy of a device may be
+        return agrees(self)
+
+    monkeypatch.setattr(Contents, "agrees", late)
+    copy, arena, truth = slow.snapshot()
+    slow.step()
     slow.close()
     assert copy.wait() == ""
     assert held_by(arena) == truth
