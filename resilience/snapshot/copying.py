@@ -110,7 +110,7 @@ class Copy:
         return True
 
     def abandon(self, why: str) -> None:
-        """It is not to be believed any more, unless it was found right already, or joined. Nothing waits for its join."""
+        """It is not to be believed any more, unless it was found right or joined already. Nobody waits for its join."""
         if self._guard is not None:
             with self._guard:
                 if not self._joined:
