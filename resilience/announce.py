@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from resilience.assembly import Start
 from resilience.reports import Resume
+from resilience.runtime.process_age import process_age_s
 from resilience.state.training_state import TrainingState
 
 __all__ = ["announce_start"]
@@ -23,8 +24,10 @@ def announce_start(
 ) -> None:
     """Emit the events of a start. `notes`: what was seen while taking stock; `reason`: of the decision."""
     job = start.job
+    age_s = process_age_s()
     tell(
-        "start", world_size=job.world_size, generation=generation, run_id=start.run_id, local_rank=job.local_rank
+        "start", world_size=job.world_size, generation=generation, run_id=start.run_id, local_rank=job.local_rank,
+        **({} if age_s is None else {"process_s": age_s}),
     )  # fmt: skip
     if job.rank == 0:
         for note in (*notes, *start.topology.notes, *_cautions(state)):

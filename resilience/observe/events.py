@@ -43,6 +43,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "step_s": _NUMBER,
     "stall_s": _NUMBER,
     "waited_s": _NUMBER,
+    "process_s": _NUMBER,
     "bytes": (int,),
     "retrieved_bytes": (int,),
     "own_copies": (int,),

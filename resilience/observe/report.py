@@ -291,11 +291,21 @@ def _restart_parts(broken: Interruption) -> list[tuple[str, str, float]]:
     restore = min(broken.restore_s or 0.0, max(0.0, restored - gone))
     parts = [
         ("stalled", "noticed and ended", gone - broken.broke),
-        ("starting", "new processes start", restored - restore - gone),
+        *_starting(gone, broken.after.born, restored - restore),
         ("resumed", "save found, verified and loaded", restore),
         ("train", "first step", (broken.stepped - restored) if broken.stepped is not None else 0.0),
     ]
     return [part for part in parts if part[2] > 0]
+
+
+def _starting(gone: float, born: float | None, until: float) -> list[tuple[str, str, float]]:
+    """From the old processes' end to the election: the launcher's part, and their own if the new ones told their age."""
+    if born is None or not gone <= born <= until:
+        return [("starting", "new processes start", until - gone)]
+    return [
+        ("starting", "the launcher makes new processes", born - gone),
+        ("starting", "imports, and joining the others", until - born),
+    ]
 
 
 def _passed_over(passed: Sequence[Event]) -> str:

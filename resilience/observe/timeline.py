@@ -41,6 +41,7 @@ class Attempt:
     resume: Event | None = None
     resumes: list[Event] = field(default_factory=list)
     fresh: Event | None = None
+    born: float | None = None  # when the last of its processes was made
     spells: dict[str, Spell] = field(default_factory=dict)
     #: First time that each iteration was finished by any rank, ascending.
     steps: list[tuple[float, int]] = field(default_factory=list)
@@ -273,6 +274,8 @@ def _note(attempt: Attempt, event: Event) -> None:
     kind = event["event"]
     if kind == "start":
         attempt.world_size = int(event.get("world_size") or 0)
+        if event.get("process_s") is not None:
+            attempt.born = max(attempt.born or 0.0, float(event["t"]) - float(event["process_s"]))
     elif kind == "resume" and event.get("iteration") is not None:
         attempt.resumes.append(event)
         if attempt.resume is None or event["rank"] == 0:

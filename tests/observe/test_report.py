@@ -161,6 +161,23 @@ def test_the_page_says_what_a_reader_wants_to_know_first() -> None:
     assert "It hung." in render(run_of(failed))
 
 
+def test_a_restart_is_broken_down_from_the_fault_to_the_first_step() -> None:
+    def shown(events: list[dict[str, Any]]) -> str:
+        return re.sub(r"<[^>]+>", " ", render(run_of(events)))
+
+    words = shown(a_run())
+    assert "new processes start: 4.5 s" in words
+    aged = [each | ({"process_s": 2.5 - each["rank"]} if each["event"] == "start" else {}) for each in a_run()]
+    words = shown(aged)  # the last process was made at 12.5, the old ones ended at 11
+    assert "noticed and ended: 500 ms" in words
+    assert "the launcher makes new processes: 1.5 s" in words
+    assert "imports, and joining the others: 3.0 s" in words
+    assert "save found, verified and loaded: 500 ms" in words
+    assert "first step: 1.0 s" in words
+    odd = [each | ({"process_s": 1e6} if each["event"] == "start" else {}) for each in a_run()]
+    assert "new processes start: 4.5 s" in shown(odd), "a clock that was set is not believed"
+
+
 def test_the_loss_is_drawn_over_all_attempts_beside_that_of_an_undisturbed_run() -> None:
     events = [each | ({"world_size": 1} if each["event"] == "start" and each["t"] > 10 else {}) for each in a_run()]
     events = [each | ({"passed": True, "bit_identical": None} if each["event"] == "verdict" else {}) for each in events]
