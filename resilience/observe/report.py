@@ -299,7 +299,7 @@ def _restart_parts(broken: Interruption) -> list[tuple[str, str, float]]:
 
 
 def _starting(gone: float, born: float | None, until: float) -> list[tuple[str, str, float]]:
-    """From the old processes' end to the election: the launcher's part, and their own if the new ones told their age."""
+    """From the old processes' end to the election: the launcher's part, and the new ones' if they told their age."""
     if born is None or not gone <= born <= until:
         return [("starting", "new processes start", until - gone)]
     return [
