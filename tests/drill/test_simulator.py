@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from resilience.drill.simulator.cluster import execute
+from resilience.drill.simulator.cluster import Cluster, execute
 from resilience.drill.simulator.fuzz import explain_failure, fuzz
-from resilience.drill.simulator.history import FAULTS, Fault, History, StartPlan, draw_history
+from resilience.drill.simulator.history import FAULTS, SECRET_NAME, Fault, History, StartPlan, draw_history
+from resilience.drill.simulator.storage import Inode
 from resilience.stores.node_store import NodeStore
 
 HISTORIES, PARTS = 500, 4
@@ -43,6 +46,24 @@ def test_a_seed_is_executed_again_to_the_last_point() -> None:
     for seed in (3, 17, 40):
         first, again = execute(draw_history(seed)), execute(draw_history(seed))
         assert (first.trace, first.points, first.story) == (again.trace, again.points, again.story)
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_a_history_with_a_key_seals_what_it_writes_and_is_replayed_alike(keyed: bool) -> None:
+    given = {"resiliency": (("secret_env", SECRET_NAME),) if keyed else ()}
+    history = History(1, steps=8, starts=(StartPlan(),), **given)
+    cluster = Cluster(history)
+    cluster.scheduler.run(cluster.launch)
+    found = [
+        json.loads(bytes(entry.content))
+        for node in cluster.nodes.values()
+        for _, below in node.mounts["disk"].root.walk(Path())
+        for name, entry in below.names.items()
+        if isinstance(entry, Inode) and name.startswith("rank_") and name.endswith(".json")
+    ]
+    assert found
+    assert {"mac" in record for record in found} == {keyed}
+    assert execute(history).trace == cluster.scheduler.trace
 
 
 def test_another_process_comes_to_the_same_trace_whatever_its_hashes_are() -> None:

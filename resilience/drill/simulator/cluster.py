@@ -17,7 +17,7 @@ import resilience.formats.torch_dist_writer  # noqa: F401 - not in the middle of
 from resilience.config import CheckpointConfig, ResiliencyConfig
 from resilience.drill.simulator.communicator import SimCommunicator
 from resilience.drill.simulator.disk import SimFileSystem
-from resilience.drill.simulator.history import Fault, History, StartPlan
+from resilience.drill.simulator.history import SECRET_NAME, Fault, History, StartPlan
 from resilience.drill.simulator.network import Network, World
 from resilience.drill.simulator.schedule import Process, Scheduler, Violation
 from resilience.drill.simulator.storage import Inode, Mount
@@ -40,6 +40,7 @@ __all__ = ["Cluster", "Outcome", "execute"]
 
 RUN: Final = "run"
 _TIMEOUT_S: Final = 8.0  # of exchanges
+_ENVIRONMENT: Final = {SECRET_NAME: "a secret of the whole job's"}
 _STEP_S: Final = 1.0
 _MAY_END_A_JOB: Final = {"kill", "crash", "lose", "blackout", "partition", "delay", "disconnect", "twin"}
 _IMPAIRS_A_RESTORE: Final = {
@@ -318,7 +319,7 @@ class Cluster:
             controller = rank.controller = SimController(
                 training.state, checkpoint, self._resiliency(rank.node),
                 communicator=SimCommunicator(start.world, rank.rank, rank.rank % history.ranks_per_node),
-                clock=clock, filesystem=fs, threads=SimThreads(scheduler, process), env={},
+                clock=clock, filesystem=fs, threads=SimThreads(scheduler, process), env=_ENVIRONMENT,
                 draw=lambda nbytes: chance.randbytes(nbytes).hex(),
             )  # fmt: skip
             controller.hear = lambda event, fields: None

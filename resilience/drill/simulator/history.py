@@ -122,6 +122,10 @@ class History:
             yield f"  fault, {fault}"
 
 
+#: The variable that holds the key of a run that has one.
+SECRET_NAME: Final = "SIMULATED_SECRET"
+
+
 def draw_history(seed: int, focus: Sequence[FaultKind] = ()) -> History:
     """The history of a seed. `focus`: only faults of these kinds."""
     chance = random.Random(f"history {seed}")
@@ -139,7 +143,7 @@ def draw_history(seed: int, focus: Sequence[FaultKind] = ()) -> History:
         for one in range(_count(chance))
     )
     checkpoint, resiliency = _draw_options(chance, persist, ranks_per_node)
-    resiliency += _draw_mode(seed)
+    resiliency += tuple(_draw_apart(seed))
     return History(
         seed, nodes, ranks_per_node, chance.choice((3, 4, 5, 6, 8)), kind, chance.choice((1, 2, 2, 3)), persist,
         checkpoint, resiliency, chance.random() < 0.85, chance.choice((2, 2, 2, 3)) if nodes > 2 else 2,
@@ -190,7 +194,9 @@ def _draw_options(
     return tuple(checkpoint.items()), tuple(resiliency.items())
 
 
-def _draw_mode(seed: int) -> tuple[tuple[str, Any], ...]:
-    """Drawn apart, so that all else of a seed stays what it was."""
-    overlapped = random.Random(f"overlapped {seed}").random() < 0.4
-    return (("snapshot_mode", "overlapped"),) if overlapped else ()
+def _draw_apart(seed: int) -> Iterator[tuple[str, Any]]:
+    """Each with a source of its own, so that all else of a seed stays what it was."""
+    if random.Random(f"overlapped {seed}").random() < 0.4:
+        yield "snapshot_mode", "overlapped"
+    if random.Random(f"key {seed}").random() < 0.15:
+        yield "secret_env", SECRET_NAME
