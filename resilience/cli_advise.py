@@ -143,6 +143,7 @@ def _document(question: Question, advice: Advice, measured: Measured | None) -> 
         "intervals": [{"interval": every, "expected_goodput": goodput} for every, goodput in advice.intervals],
         "schemes": [_scheme(option) for option in advice.options],
         "durations": {"stall_s": best.stall_s, **vars(best.durations)},
+        "overlapped_s": min(best.stall_s, question.step_s),
         "bytes_per_s": vars(question.speed),
         "measured": None if measured is None else vars(measured),
         "memory": list(best.memory.lines),
@@ -251,6 +252,12 @@ def show(document: dict[str, Any], console: Console) -> None:
         say(console, f"{section}:") if settings else None
         for name, value in settings.items():
             say(console, f"  {name}: {str(value).lower() if isinstance(value, bool) else value}")
+    hidden_s, stall_s = document["overlapped_s"], document["durations"]["stall_s"]
+    waits = f"{hidden_s:.3g} of the {stall_s:.3g} s that training waits for a save"
+    say(
+        console,
+        f"\nwith snapshot_mode: overlapped, {waits} would pass while the next step runs (see docs/overlapped.md)",
+    )
     speeds = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in document["bytes_per_s"].items())
     say(console, f"\nreckoned with GB/s of a node: {speeds}" + ("" if document["measured"] else " (nothing measured)"))
     say(console, f"to simulate it: {document['simulate']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,10 @@ def test_people_are_told_why_and_how_to_simulate_it(capsys: pytest.CaptureFixtur
     assert "lose least between waiting and doing work again" in told
     assert "xor over 4" in told
     assert "to simulate it: resilience simulate --ranks 64" in told
+    assert re.search(r"with snapshot_mode: overlapped, \S+ of the \S+ s that training waits", told)
+
+
+def test_an_overlapped_copy_hides_what_a_step_is_long_enough_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for step_s in ("0.001", "1000"):
+        _, document = answer(capsys, "--mtbf-hours", "6", "--step-s", step_s)
+        assert document["overlapped_s"] == min(document["durations"]["stall_s"], float(step_s))
