@@ -196,7 +196,7 @@ def test_an_overlapped_snapshot_is_the_eager_one_whatever_comes_between(
 
 
 def test_without_the_join_the_property_above_does_not_hold(rig: Callable[..., Rig], monkeypatch: Any) -> None:
-    late_rig = rig(delay_s=0.2)
+    late_rig = rig(delay_s=1.0)
     late_rig.forward_and_backward()
     late_rig.step()
     late_rig.snapshot()
@@ -209,7 +209,7 @@ def test_without_the_join_the_property_above_does_not_hold(rig: Callable[..., Ri
 
 
 def test_only_what_a_step_changes_is_copied_later(rig: Callable[..., Rig]) -> None:
-    slow = rig(delay_s=0.3)
+    slow = rig(delay_s=1.5)
     slow.forward_and_backward()
     slow.step()
     _, arena, truth = slow.snapshot()
@@ -221,7 +221,7 @@ def test_only_what_a_step_changes_is_copied_later(rig: Callable[..., Rig]) -> No
 
 
 def test_the_step_waits_for_the_copy_and_the_wait_is_counted(rig: Callable[..., Rig]) -> None:
-    slow = rig(delay_s=0.3)
+    slow = rig(delay_s=1.0)
     slow.forward_and_backward()
     slow.step()
     copy, _, _ = slow.snapshot()
@@ -317,7 +317,7 @@ def test_every_copy_is_compared_by_the_counts_and_every_hundredth_by_its_bytes(
 
 
 def test_a_counted_write_while_it_is_copied_fails_any_copy(rig: Callable[..., Rig]) -> None:
-    slow = rig(delay_s=0.2)
+    slow = rig(delay_s=1.0)
     slow.forward_and_backward()
     slow.step()
     slow.snapshot()
@@ -382,7 +382,7 @@ def test_what_was_joined_when_training_ends_is_a_save(rig: Callable[..., Rig], m
 
 def test_what_is_far_from_copied_when_training_ends_is_given_up(rig: Callable[..., Rig], monkeypatch: Any) -> None:
     monkeypatch.setattr(overlap_module, "_CLOSE_BOUND_S", 0.05)
-    slow = rig(delay_s=0.5)
+    slow = rig(delay_s=2.0)
     slow.snapshot()
     slow.step()
     copy, _, _ = slow.snapshot()
