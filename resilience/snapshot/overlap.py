@@ -19,7 +19,7 @@ from resilience.errors import ConfigError
 from resilience.snapshot.copying import DONE, Copy, Copying, Pair, Part, Witness
 from resilience.snapshot.equality import Sample
 from resilience.snapshot.layout import Layout
-from resilience.snapshot.witness import Contents, Versions
+from resilience.snapshot.witness import Quick, Strict
 from resilience.state.distributed_state import DistributedOptimizerState
 from resilience.state.items import Item
 from resilience.state.sharding import without_block
@@ -122,7 +122,8 @@ class Overlap:
         later = self._keys(items, parts[0].layout)
         now_pairs = [pair for key, pair in zip(sample.keys, pairs, strict=True) if key not in later]
         later_pairs = [pair for key, pair in zip(sample.keys, pairs, strict=True) if key in later]
-        self._witness = self._make_witness(parts, later)
+        self._witness = witness = self._make_witness(parts, later)
+        now_pairs += witness.pairs
         self._copy = self._copying.start_overlapped(
             parts, now_pairs, later_pairs, seal, later=later, witness=self._witness, disproved=self._disproved
         )
@@ -169,19 +170,9 @@ class Overlap:
         """In the lane that copies."""
         self._off = self._off or why
 
-    def _make_witness(self, parts: Sequence[Part], later: Collection[str]) -> Witness:
-        chosen = [(part, self._copying.deferred(part, later)) for part in parts]
-        sources: list[torch.Tensor] = []
-        for part, positions in chosen:
-            sources += map(part.sources.__getitem__, positions)
-
-        def name(number: int) -> str:
-            return [part.layout.placed[place].piece.key for part, places in chosen for place in places][number]
-
-        if self._count % _STRICT_EVERY == 0:
-            views = [part.arena.views[position] for part, positions in chosen for position in positions]
-            return Contents(name, sources, views)
-        return Versions(name, sources)
+    def _make_witness(self, parts: Sequence[Part], later: Collection[str]) -> Quick | Strict:
+        observed = _Deferred([(part, self._copying.deferred(part, later)) for part in parts])
+        return Strict(observed) if self._count % _STRICT_EVERY == 0 else Quick(observed, self._count)
 
     def _keys(self, items: Sequence[Item], layout: Layout) -> frozenset[str]:
         """Keys of what is copied later: parameters and their optimizer state. Kept by layout."""
@@ -190,6 +181,36 @@ class Overlap:
             worth_it = (item.key for item in items if item.tensor.is_cuda or item.tensor.nbytes >= _SMALL_BYTES)
             self._layout, self._later = layout, frozenset(key for key in worth_it if _stepped(key, names))
         return self._later
+
+
+class _Deferred:
+    """What of some parts is copied later."""
+
+    def __init__(self, chosen: Sequence[tuple[Part, Sequence[int]]]) -> None:
+        """`chosen`: positions of each part's pieces."""
+        self._chosen = chosen
+        self._sources: list[torch.Tensor] = []
+        for part, positions in chosen:
+            self._sources += map(part.sources.__getitem__, positions)
+
+    @property
+    def sources(self) -> Sequence[torch.Tensor]:
+        return self._sources
+
+    def name(self, number: int) -> str:
+        part, position = self._place(number)
+        return part.layout.placed[position].piece.key
+
+    def view(self, number: int) -> torch.Tensor:
+        part, position = self._place(number)
+        return part.arena.views[position]
+
+    def _place(self, number: int) -> tuple[Part, int]:
+        for part, positions in self._chosen:
+            if number < len(positions):
+                return part, positions[number]
+            number -= len(positions)
+        raise IndexError(number)
 
 
 def _stepped(key: str, names: frozenset[str]) -> bool:

@@ -1,67 +1,107 @@
-"""Whether an overlapped copy has what the live tensors were at the boundary: two witnesses, a quick and a strict one.
+"""Whether an overlapped copy has what the live tensors were at the boundary: a quick witness and a strict one.
 
 torch counts the writes to a tensor that it knows of (`Tensor._version`). It does not know of all: fused optimizers,
-`tensor.data.add_` and NumPy views write without being counted. So now and then the bytes themselves are hashed: at the
-boundary, again before the optimizer may change them, and once more in the arena.
+`tensor.data.add_` and NumPy views write without being counted. So a few elements here and there are copied at the
+boundary, and compared with what arrives: who writes to a good part of all tensors (weights that are exchanged for an
+evaluation) is found at once. And now and then the bytes themselves are hashed: at the boundary, again before the
+optimizer may change them, and once more in the arena.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 import torch
 
 from resilience.snapshot.equality import hash_tensor
 
-__all__ = ["Contents", "Versions"]
+__all__ = ["Observed", "Quick", "Strict"]
 
-#: The key of a source, by its number.
-Name = Callable[[int], str]
+_PROBES: Final = 16  # of tensors that are looked at in each copy
+_PROBE_ELEMENTS: Final = 16
 
 
-class Versions:
-    """Counts of writes. Costs a fraction of a microsecond for each tensor, at both ends."""
+class Observed(Protocol):
+    """What is copied: numbered tensors, their names, and where the copy of each is to be."""
+
+    @property
+    def sources(self) -> Sequence[torch.Tensor]: ...
+    def name(self, number: int) -> str: ...
+    def view(self, number: int) -> torch.Tensor: ...
+
+
+class Quick:
+    """Counts of writes, and probes. Costs a fraction of a microsecond for each tensor, at both ends.
+
+    `pairs` are to be copied at the boundary.
+    """
 
     waits_for_join = False
 
-    def __init__(self, name: Name, sources: Sequence[torch.Tensor]) -> None:
-        """At the boundary; the sources are kept."""
-        self._name = name
-        self._sources = sources
-        self._seen = _counts(sources)
+    def __init__(self, observed: Observed, turn: int) -> None:
+        """At the boundary; the sources are kept. `turn`: of which probes; other ones in each."""
+        self._observed = observed
+        self._seen = _counts(observed.sources)
+        self._probes = _draw_probes(observed.sources, turn)
+        self.pairs = [(kept, source) for _, _, kept, source in self._probes]
 
     def unchanged(self) -> str:
-        now = _counts(self._sources)
+        now = _counts(self._observed.sources)
         if now == self._seen:
             return ""
         changed = [number for number, new in enumerate(now) if new != self._seen[number]]
-        return _said(self._name(changed[0]), len(changed))
+        return _said(self._observed.name(changed[0]), len(changed))
 
     def agrees(self) -> str:
-        return ""
+        changed = [
+            number
+            for number, start, kept, _ in self._probes
+            if not _equal(kept, self._observed.view(number).reshape(-1)[start : start + kept.numel()])
+        ]
+        return _said(self._observed.name(changed[0]), len(changed)) if changed else ""
 
 
-class Contents:
+def _draw_probes(sources: Sequence[torch.Tensor], turn: int) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """(Number, first element, room on the host, the elements) of a few sources."""
+    chance = random.Random(turn)
+    found = []
+    for number in chance.sample(range(len(sources)), min(_PROBES, len(sources))):
+        source = sources[number]
+        if source.is_contiguous() and source.numel():
+            length = min(_PROBE_ELEMENTS, source.numel())
+            start = chance.randrange(source.numel() - length + 1)
+            elements = source.reshape(-1)[start : start + length]
+            kept = torch.empty_like(elements, device="cpu", pin_memory=elements.is_cuda)
+            found.append((number, start, kept, elements))
+    return found
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+class Strict:
     """Hashes of all bytes (xxh3). On the training thread at both ends: for one save of many."""
 
     waits_for_join = True
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
 
-    def __init__(self, name: Name, sources: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
-        """At the boundary; sources and `views`, where the copies of them are to be, are kept."""
-        self._name = name
-        self._sources = sources
-        self._views = views
-        self._seen = [hash_tensor(source) for source in sources]
+    def __init__(self, observed: Observed) -> None:
+        """At the boundary; what is observed is kept."""
+        self._observed = observed
+        self._seen = [hash_tensor(source) for source in observed.sources]
 
     def unchanged(self) -> str:
-        return self._compare(self._sources)
+        return self._compare(self._observed.sources)
 
     def agrees(self) -> str:
-        return self._compare(self._views)
+        return self._compare([self._observed.view(number) for number in range(len(self._seen))])
 
     def _compare(self, tensors: Sequence[torch.Tensor]) -> str:
         changed = [number for number, each in enumerate(tensors) if hash_tensor(each) != self._seen[number]]
-        return _said(self._name(changed[0]), len(changed)) if changed else ""
+        return _said(self._observed.name(changed[0]), len(changed)) if changed else ""
 
 
 def _counts(sources: Sequence[torch.Tensor]) -> list[int]:

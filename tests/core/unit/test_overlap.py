@@ -20,6 +20,7 @@ from resilience.errors import ConfigError
 from resilience.runtime.worker import Lane
 from resilience.snapshot import copying as copying_module
 from resilience.snapshot import overlap as overlap_module
+from resilience.snapshot import witness as witness_module
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.copying import Copy, Copying, Part
 from resilience.snapshot.equality import RotatingShare, Sample
@@ -27,7 +28,7 @@ from resilience.snapshot.layout import Layout, plan_layout
 from resilience.snapshot.overlap import Overlap
 from resilience.snapshot.pieces import pieces_of
 from resilience.snapshot.sources import Sources
-from resilience.snapshot.witness import Contents
+from resilience.snapshot.witness import Strict
 from tests.core.shards import FS
 
 COPYING = "resilience-copying"
@@ -316,6 +317,33 @@ def test_every_copy_is_compared_by_the_counts_and_every_hundredth_by_its_bytes(
     assert "model/0/one.weight" in copy.wait()
 
 
+def test_weights_that_are_exchanged_for_a_while_are_found_by_the_probes_of_any_copy(rig: Callable[..., Rig]) -> None:
+    slow = rig(delay_s=0.5)
+    slow.forward_and_backward()
+    slow.step()
+    slow.snapshot()
+    slow.step()
+    copy, _, _ = slow.snapshot()
+    own = [parameter.detach().clone() for parameter in slow.net.parameters()]
+    for parameter in slow.net.parameters():
+        parameter.data.mul_(0.5)  # as an average is put in their place for an evaluation
+    slow.lane.wait(BOUND_S)
+    for parameter, before in zip(slow.net.parameters(), own, strict=True):
+        parameter.data.copy_(before)
+    slow.step()
+    assert "changed between" in copy.wait()
+    assert not slow.overlap.works
+
+
+def test_probes_are_other_ones_in_each_copy_and_wait_for_nothing() -> None:
+    sources = [torch.randn(100) for _ in range(50)]
+    drawn = [witness_module._draw_probes(sources, turn) for turn in (1, 1, 2)]
+    chosen = [[(number, start) for number, start, _, _ in probes] for probes in drawn]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(chosen[0]) == 16
+    assert witness_module._draw_probes([torch.randn(0), torch.randn(5, 4).t()], 1) == []
+
+
 def test_a_counted_write_while_it_is_copied_fails_any_copy(rig: Callable[..., Rig]) -> None:
     slow = rig(delay_s=1.0)
     slow.forward_and_backward()
@@ -366,13 +394,13 @@ def test_what_is_nearly_copied_when_training_ends_is_a_save(rig: Callable[..., R
 
 
 def test_what_was_joined_when_training_ends_is_a_save(rig: Callable[..., Rig], monkeypatch: Any) -> None:
-    slow, agrees = rig(), Contents.agrees
+    slow, agrees = rig(), Strict.agrees
 
-    def late(self: Contents) -> str:
+    def late(self: Strict) -> str:
         time.sleep(0.2)  # as the copy of a device may be
         return agrees(self)
 
-    monkeypatch.setattr(Contents, "agrees", late)
+    monkeypatch.setattr(Strict, "agrees", late)
     copy, arena, truth = slow.snapshot()
     slow.step()
     slow.close()
