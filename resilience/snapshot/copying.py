@@ -12,8 +12,8 @@ arena.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -183,15 +183,15 @@ class Copying:
         """An eager copy: all of it, sealed. SaveFailedError if the device has no room to gather small tensors in."""
         plans = self._plans_of(parts, _NOTHING)
         devices = self._begin(parts, plans, pairs)
-        with _room_on_device():
-            for device in devices:
-                with self._streams.on(device):
-                    room = self._streams.room(device)
-                    _cross(device, parts, [plan.device_now for plan in plans], pairs, room)
-        events = [self._streams.mark(device) for device in devices]
-        _copy_host(parts, [plan.host_now for plan in plans], pairs)
-        for event in events:
-            event.synchronize()
+        try:
+            with _room_on_device():
+                for device in devices:
+                    with self._streams.on(device):
+                        room = self._streams.room(device)
+                        _cross(device, parts, [plan.device_now for plan in plans], pairs, room)
+            _copy_host(parts, [plan.host_now for plan in plans], pairs)
+        finally:
+            self._arrive(devices)
         seal()
 
     def start_overlapped(
@@ -230,6 +230,8 @@ class Copying:
                     seal()
             except (ResilienceError, OSError, RuntimeError) as error:  # torch's errors are RuntimeErrors
                 problem = f"the overlapped copy failed: {error}"
+                with contextlib.suppress(RuntimeError):
+                    self._arrive(devices)
             finally:
                 copy.settle(problem)
 
@@ -275,6 +277,11 @@ class Copying:
         for _, event in events:
             event.synchronize()
 
+    def _arrive(self, devices: Sequence[torch.device]) -> None:
+        """Until all that was put on the side streams is across: an arena must not go before."""
+        for event in [self._streams.mark(device) for device in devices]:
+            event.synchronize()
+
     def _lock_pages(self, arena: Arena) -> None:
         try:
             arena.lock_pages(page_lock)
@@ -311,7 +318,7 @@ class Copying:
         return plan
 
 
-@contextmanager
+@contextlib.contextmanager
 def _room_on_device() -> Iterator[None]:
     """A device without room costs this save, and no training."""
     try:
