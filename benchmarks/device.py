@@ -84,6 +84,7 @@ class _DeviceBench:
         side = 4096 if self._device.type == "cuda" else 256
         self._square = torch.randn(side, side, device=self._device).bfloat16()
         self._product_s = self._time_products(20) / 20
+        self._copy_s = min(self.cross()["seconds"] for _ in range(3))
         for job in self._jobs.values():  # arenas, plans, the strict witness
             for _ in range(4):
                 job.boundary()
@@ -112,7 +113,7 @@ class _DeviceBench:
         job = self._jobs[shape, mode]
         self._wait()
         boundary_s = timed(job.boundary)
-        self._work(1.2 * self._copy_s())  # is enqueued at once
+        self._work(1.2 * self._copy_s)  # is enqueued at once
         step_s = timed(job.optimizer.step)
         self._wait()
         job.settle()
@@ -122,7 +123,7 @@ class _DeviceBench:
 
     def loops(self) -> dict[str, Any]:
         """Loops of steps that are long enough to copy and hash in: bare, and with a save at every step."""
-        busy_s = float(self._place.options["busy"]) * self._copy_s()
+        busy_s = float(self._place.options["busy"]) * self._copy_s
         found = {}
         for mode in ("bare", *MODES):
             job = self._jobs["large", "eager" if mode == "bare" else mode]  # type: ignore[index]
@@ -172,14 +173,6 @@ class _DeviceBench:
         for n, parameter in enumerate(job.model):
             found |= {f"{m}{n}": job.optimizer.state[parameter][m] for m in ("exp_avg", "exp_avg_sq")}
         return found
-
-    def _copy_s(self) -> float:
-        return float(self._place.options["copy_s"]) or self._once()
-
-    def _once(self) -> float:
-        seconds = min(self.cross()["seconds"] for _ in range(3))
-        self._place.options["copy_s"] = seconds
-        return seconds
 
     def _work(self, seconds: float) -> None:
         for _ in range(max(1, int(seconds / self._product_s))):

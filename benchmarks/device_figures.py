@@ -32,7 +32,7 @@ def measure_device(
     if not device:
         say("device: left out, there is no CUDA device here")
         return {}
-    options = {"device": device, "times": _TIMES if device == "cuda" else 1, "busy": _BUSY, "copy_s": 0.0}
+    options = {"device": device, "times": _TIMES if device == "cuda" else 1, "busy": _BUSY}
     found: dict[str, list[float]] = defaultdict(list)
     with Crew("device", settings, directory / "device", size=1, options=options) as crew:
         for number in range(-1, min(settings.rounds, 7)):

@@ -270,7 +270,6 @@ class ResiliencyController:
     def finish(self) -> None:
         """The loop completed: settle, note it, and free node memory as configured. Collective."""
         saving, ledger = self._running()
-        ledger.join()
         if self._lacks_last_save(ledger):
             ledger.collect()
             self._take(self.iteration, Due(False, True, False), final=True)

@@ -349,13 +349,12 @@ def _saves(events: Iterable[Event]) -> list[Save]:
         if kind == "complete" and f"g{int(event.get('generation') or 0):04d}" != attempt.partition("-")[0]:
             continue  # of a save that an earlier attempt had made
         save = found.setdefault((attempt, iteration), Save(attempt, iteration, t, persistent=False))
+        if kind in ("snapshot", "joined"):
+            save.stall_s = max(save.stall_s, float(event.get("stall_s") or 0.0))
         if kind == "snapshot":
             save.persistent |= event.get("kind") == "persistent" or "persistent" in (event.get("tiers") or ())
             save.tiers = tuple(dict.fromkeys((*save.tiers, *map(str, event.get("tiers") or ()))))
-            save.stall_s = max(save.stall_s, float(event.get("stall_s") or 0.0))
             save.bytes += int(event.get("bytes") or 0)
-        elif kind == "joined":
-            save.stall_s = max(save.stall_s, float(event.get("stall_s") or 0.0))
         elif kind == "save_failed":
             save.failed_on.append((str(event["node"]), str(event.get("error"))))
         elif kind == "complete":

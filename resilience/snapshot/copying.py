@@ -177,7 +177,7 @@ class Copying:
         self._tell = tell
         self._streams = SideStreams()
         self._plans: dict[int, _Plan] = {}  # by which layout object
-        self._pageable = False  # told once
+        self._pageable = False  # a lock was refused: told once, and not asked for again
 
     def start(self, parts: Sequence[Part], pairs: Sequence[Pair], seal: Callable[[], None]) -> None:
         """An eager copy: all of it, sealed. SaveFailedError if the device has no room to gather small tensors in."""
@@ -253,8 +253,8 @@ class Copying:
     def _begin(self, parts: Sequence[Part], plans: Sequence[_Plan], pairs: Sequence[Pair]) -> list[torch.device]:
         """The devices that something is to cross from, once their current streams have made it."""
         for part, plan in zip(parts, plans, strict=True):
-            if (plan.device_now or plan.device_later) and not part.arena.pages_locked:
-                self._lock_pages(part.arena)
+            if plan.device_now or plan.device_later:
+                self._lock_pages(part.arena)  # once, if that was not done ahead
         devices = _devices([plan.device_now for plan in plans] + [plan.device_later for plan in plans], pairs)
         self._streams.begin(devices)
         return devices
@@ -283,13 +283,14 @@ class Copying:
             event.synchronize()
 
     def _lock_pages(self, arena: Arena) -> None:
+        if self._pageable:
+            return
         try:
             arena.lock_pages(page_lock)
         except RuntimeError as error:
-            if not self._pageable:
-                self._pageable = True
-                what = f"an arena could not be page-locked, so that snapshots of the device take longer: {error}"
-                self._tell("warning", what=what, advice="")
+            self._pageable = True
+            what = f"an arena could not be page-locked, so that snapshots of the device take longer: {error}"
+            self._tell("warning", what=what, advice="")
 
     def _plans_of(self, parts: Sequence[Part], later: Collection[str]) -> list[_Plan]:
         """All others are forgotten: they would keep tensors of a device alive that training has given up."""

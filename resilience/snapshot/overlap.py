@@ -84,7 +84,7 @@ class Overlap:
         copying: Copying,
         tell: Callable[..., None],
         now: Callable[[], float],
-        watch: WatchSteps | None = None,
+        watch: WatchSteps = watch_all,
     ) -> None:
         """`state`: one that `refuse_overlap` lets pass. `close` takes the hook off again."""
         self._state = state
@@ -98,7 +98,7 @@ class Overlap:
         self._told = False
         self._layout: Layout | None = None  # of which the keys are
         self._later: frozenset[str] = frozenset()
-        self._hook = (watch or watch_all)(self._before_a_step)
+        self._hook = watch(self._before_a_step)
         self.waited_s = 0.0  # in joins, since it was last taken
 
     @property
