@@ -6,7 +6,7 @@ The place in the data goes into a file per data-parallel rank; the tokenizer's f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,13 +42,14 @@ def extras_of(
     extra_state: Sequence[Mapping[str, str]] = (),
     tokenizer: Callable[[], Mapping[str, bytes]],
     sharding_type: str = FULLY_RESHARDABLE,
+    experts: Collection[str] = frozenset(),
 ) -> Extras:
     """What this rank gives, from the values of its save.
 
     `loader_rank`: the data-parallel rank whose loader's state this rank writes (None: another does). `leads`: rank 0.
     `rng`: the key of the random state that this rank writes for Megatron (None: another does). `extra_state`: of each
     model, the entries that this rank writes as objects, and their keys. `tokenizer`: its files by name; called by rank
-    0 alone. `sharding_type`: how the state of divided optimizers lies.
+    0 alone. `sharding_type`: how the state of divided optimizers lies. `experts`: see `optimizer_common`.
     """
     files: dict[str, bytes] = {}
     if loader_rank is not None:
@@ -71,7 +72,7 @@ def extras_of(
     common: dict[str, Any] = {}
     if isinstance(parts.get("scheduler"), dict):
         common["opt_param_scheduler"] = parts["scheduler"]
-    told = optimizer_common(parts.get("optimizer", ()), sharding_type)
+    told = optimizer_common(parts.get("optimizer", ()), sharding_type, experts)
     return Extras(files, common if told is None else {**common, "optimizer": told}, objects)
 
 

@@ -36,7 +36,7 @@ from resilience.state.flat_sharding import local_blocks
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.saved_world import layout_of, tree_of
 from resilience.state.sharding import state_prefix
-from resilience.state.tensors import DTYPES, dtype_name
+from resilience.state.tensors import DTYPES, dtype_name, is_expert
 from resilience.state.training_state import TrainingState
 from resilience.state.tree import path_component
 
@@ -81,6 +81,7 @@ class OwnBuckets:
 
     `parameters`: what the paths of a parameter's state begin with → its place (`stored` is the bucket's stem).
     `weights`: path of a float32 weight → that prefix. `leads`: of the ranks that share the state it is the first.
+    `experts`: names of the parameters that fewer ranks have alike.
     """
 
     position: int
@@ -89,6 +90,7 @@ class OwnBuckets:
     buckets: tuple[_Bucket, ...]
     parameters: Mapping[str, Flattened]
     weights: Mapping[str, str]
+    experts: frozenset[str]
 
     @property
     def groups_key(self) -> str:
@@ -118,6 +120,7 @@ def _own(
     optimizer, named = each.optimizer, each.parameters()
     names_by_id = {id(parameter): name for name, parameter in named.items()}
     names = [names_by_id[id(parameter)] for parameter in optimizer.laid_out]
+    experts = frozenset(name for name, parameter in named.items() if is_expert(parameter))
     place = _number(layout, optimizer.size)
     parameters: dict[str, Flattened] = {}
     weights: dict[str, str] = {}
@@ -141,7 +144,7 @@ def _own(
         mine = range(share.start, max(share.start, min(share.stop, bucket.numel_unpadded)))
         buckets.append(_Bucket(stem, bucket.numel, bucket.numel_unpadded, bucket.dtype, mine, tuple(kept)))
     prefix = f"{'' if chained is None else f'chained_{chained}.'}optimizer.distributed.dp_group_idx_{place}"
-    return OwnBuckets(each.position, prefix, optimizer.rank == 0, tuple(buckets), parameters, weights)
+    return OwnBuckets(each.position, prefix, optimizer.rank == 0, tuple(buckets), parameters, weights, experts)
 
 
 def _number(layout: ParallelLayout, ranks: int) -> int:
@@ -199,7 +202,7 @@ def _flat_parts(chunk: Chunk, flat: Flattened, moment: str, length: int) -> Iter
 def group_objects(trees: Sequence[Mapping[str, Any]], own: Sequence[OwnBuckets]) -> dict[str, Any]:
     """The param groups of the buckets that this rank leads; `trees` of all its optimizers, in plain values."""
     return {
-        each.groups_key: {"param_groups": marked_groups(trees[each.position]["param_groups"])}
+        each.groups_key: {"param_groups": marked_groups(trees[each.position]["param_groups"], each.experts)}
         for each in own
         if each.leads
     }

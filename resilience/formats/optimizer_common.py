@@ -11,7 +11,7 @@ Each group has the step and the multipliers by which Megatron Core tells groups 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,12 +41,15 @@ DP_RESHARDABLE = "dp_reshardable"
 _STEP = "step"
 
 
-def optimizer_common(trees: Sequence[Mapping[str, Any]], sharding_type: str) -> Any:
+def optimizer_common(
+    trees: Sequence[Mapping[str, Any]], sharding_type: str, experts: Collection[str] = frozenset()
+) -> Any:
     """The entry `optimizer` for these optimizers (plain values); None if none of them has groups.
 
-    `sharding_type`: how the state of divided ones lies. The step is not known yet: `with_steps` puts it in.
+    `sharding_type`: how the state of divided ones lies. `experts`: names of parameters that fewer ranks have alike. The
+    step is not known yet: `with_steps` puts it in.
     """
-    told = {number: _of(tree, sharding_type) for number, tree in enumerate(trees) if "param_groups" in tree}
+    told = {number: _of(tree, sharding_type, experts) for number, tree in enumerate(trees) if "param_groups" in tree}
     return (told[next(iter(told))] if len(trees) == 1 else told) if told else None
 
 
@@ -106,24 +109,25 @@ def _chunk_and_name(name: str) -> tuple[int, str]:
     return (int(chunk) if chunk.isdigit() else 0), inside
 
 
-def marked_groups(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with the multipliers by which Megatron Core tells groups apart."""
+def marked_groups(given: Sequence[Mapping[str, Any]], experts: Collection[str]) -> list[dict[str, Any]]:
+    """Groups with the multipliers, and the mark of experts, by which Megatron Core tells groups apart."""
     groups = [dict(group) for group in given]
     decays = [_number(group.get("weight_decay")) for group in groups]
     rates = [_number(group.get("initial_lr", group.get("lr"))) for group in groups]
     for group, decay, rate in zip(groups, decays, rates, strict=True):
         group.setdefault("wd_mult", _share(decay, decays))
         group.setdefault("lr_mult", _share(rate, rates))
-        group.setdefault("is_expert_parallel", False)
+        of_experts = bool(group["params"]) and all(name in experts for name in group["params"])
+        group.setdefault("is_expert_parallel", of_experts)
         group.setdefault("is_decoupled_lr", False)
     return groups
 
 
-def _of(tree: Mapping[str, Any], sharding_type: str) -> dict[str, Any]:
+def _of(tree: Mapping[str, Any], sharding_type: str, experts: Collection[str]) -> dict[str, Any]:
     divided = "slices" in tree
     if divided and sharding_type == DP_RESHARDABLE:
         return {"param_state_sharding_type": sharding_type}
-    groups = marked_groups(tree["param_groups"])
+    groups = marked_groups(tree["param_groups"], experts)
     if divided:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": sharding_type}
     return {"param_groups": groups}

@@ -48,7 +48,7 @@ def under_stored_keys(
     stored = [_stored(chunk, places, gaps) for chunk in chunks]
     left: dict[str, str] = {}
     for alias, root in aliases.items():
-        found = [places.bases.get(path) for path in (alias, root)]
+        found = [places.named(path) for path in (alias, root)]
         if any(place is not None and place.index for place in found):
             stored += [_stored(replace(chunk, key=alias), places, gaps) for chunk in chunks if chunk.key == root]
         else:

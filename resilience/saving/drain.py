@@ -151,6 +151,7 @@ class Drain:
             rng=rng_key(place) if writes_rng(place) else None, extra_state=self._state.extra_state_keys(),
             tokenizer=self._tokenizer_files if tokenizer else dict,
             sharding_type=self._content.get(SHARDING_TYPE, FULLY_RESHARDABLE),
+            experts=self._state.expert_parameters(),
         )  # fmt: skip
 
     def _tokenizer_files(self) -> dict[str, bytes]:

@@ -50,21 +50,29 @@ class StoredPlaces:
         for path, (place, _) in models.items():
             # chunks of a pipeline count through, and have their keys in common
             self.bases[path] = StoredPlace(f"model/0/{path_component(place.key)}", place.index, place.counts)
+        known: set[str] = set()
         for prefix, parameter in prefixes:
             if parameter in models:
                 place, self._shapes[prefix] = models[parameter]
-                stored = f"{prefix.rpartition('/')[0]}/{path_component(place.key)}"
-                self.bases[prefix] = StoredPlace(stored, place.index, place.counts)
+                # Megatron's optimizers have their keys in common; a parameter of two optimizers would be there twice
+                optimizer = prefix.rpartition("/")[0] if parameter in known else "optimizer/0/state"
+                known.add(parameter)
+                self.bases[prefix] = StoredPlace(f"{optimizer}/{path_component(place.key)}", place.index, place.counts)
 
     def __bool__(self) -> bool:
         return bool(self.bases)
+
+    def named(self, path: str) -> StoredPlace | None:
+        """The same, whatever the tensor's shape."""
+        if path in self.bases:
+            return self.bases[path]
+        prefix, _, moment = path.rpartition("/")
+        place = self.bases.get(prefix)
+        return place and StoredPlace(f"{place.path}/{moment}", place.index, place.counts)
 
     def of(self, path: str, global_shape: tuple[int, ...]) -> StoredPlace | None:
         """Where a tensor of the model, or of optimizer state in its parameter's shape, is stored."""
         if path.startswith("model/"):
             return self.bases.get(path)
-        prefix, _, moment = path.rpartition("/")
-        if self._shapes.get(prefix) != global_shape:
-            return None
-        place = self.bases[prefix]
-        return StoredPlace(f"{place.path}/{moment}", place.index, place.counts)
+        same = self._shapes.get(path.rpartition("/")[0]) == global_shape
+        return self.named(path) if same else None

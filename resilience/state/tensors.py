@@ -38,6 +38,11 @@ def is_dtensor(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_expert(parameter: torch.Tensor) -> bool:
+    """Whether it is marked, as Megatron Core marks experts, as one that not all data-parallel ranks have alike."""
+    return getattr(parameter, "allreduce", True) is False
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """What the values say about one tensor; `key` names the item that holds its bytes.

@@ -28,6 +28,7 @@ from resilience.state.optimizer_state import optimizer_state
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.sharding import Shardings, sharding_of
 from resilience.state.stored_place import StoredPlaces
+from resilience.state.tensors import is_expert
 from resilience.state.train_state import TrainState
 from resilience.state.tree import encode_around, path_component
 
@@ -191,6 +192,11 @@ class TrainingState:
         return [
             {name: place.key for name, place in model.places.objects.items() if place.writes} for model in self.models
         ]
+
+    def expert_parameters(self) -> frozenset[str]:
+        """Names, as optimizers have them, of the parameters that are marked as experts'."""
+        named = (pair for each in self.optimizers for pair in each.parameters().items())
+        return frozenset(name for name, parameter in named if is_expert(parameter))
 
     def bases(self) -> list[str]:
         """The paths of the models' tensors, and what those of each parameter's optimizer state begin with."""

@@ -51,11 +51,35 @@ def by_parameter(root: Path, model: nn.Module, **fields: Any) -> Path:
 
 
 def by_bucket(
-    root: Path, model: nn.Module, order: Sequence[str], closed_after: Sequence[str] = (), *, places: int = 1
+    root: Path,
+    model: nn.Module,
+    order: Sequence[str],
+    closed_after: Sequence[str] = (),
+    *,
+    places: int = 1,
+    experts: Sequence[str] = (),
+    expert_places: int = 1,
 ) -> Path:
-    """`dp_reshardable`: buckets in this `order`, closed after these parameters. Each place has the same."""
+    """`dp_reshardable`: buckets in this `order`, closed after these parameters. Each place has the same.
+
+    `experts`, in their order, lie in the buckets of an optimizer of their own.
+    """
     parameters = dict(model.named_parameters())
     tensors: dict[str, Any] = dict(_weights(model))
+    chained = ("chained_0.", "chained_1.") if experts else ("", "")
+    for place in range(places):
+        tensors |= _buckets(parameters, order, closed_after, f"{chained[0]}optimizer", place)
+    for place in range(expert_places if experts else 0):
+        tensors |= _buckets(parameters, experts, closed_after, f"{chained[1]}optimizer", place)
+    told = {"param_state_sharding_type": "dp_reshardable"}
+    return _write(root, tensors, {"optimizer": {0: told, 1: told} if experts else told}, "dp_reshardable")
+
+
+def _buckets(
+    parameters: Mapping[str, nn.Parameter], order: Sequence[str], closed_after: Sequence[str], prefix: str, place: int
+) -> dict[str, Any]:
+    """Of one optimizer at one place."""
+    found: dict[str, Any] = {}
     buckets: list[list[tuple[str, int]]] = [[]]
     for name in order:
         end = buckets[-1][-1][1] + parameters[buckets[-1][-1][0]].numel() if buckets[-1] else 0
@@ -70,19 +94,17 @@ def by_bucket(
             for name, start in placed:
                 value = number(name, kind, parameters[name].shape).flatten()
                 flat[start : start + len(value)] = value
-            for place in range(places):
-                tensors[bucket_key(place, bucket, kind)] = flat
-    for place in range(places):
-        prefix = f"optimizer.distributed.dp_group_idx_{place}"
-        tensors[f"{prefix}.optimizer/shard_0_1"] = [{"param_groups": groups()}]
-        tensors[f"{prefix}.per_bucket_numel_unpadded/shard_0_1"] = [[{(torch.bfloat16, torch.float32): lengths}]]
-    common = {"optimizer": {"param_state_sharding_type": "dp_reshardable"}}
-    return _write(root, tensors, common, "dp_reshardable")
+            found[bucket_key(place, bucket, kind, prefix)] = flat
+    stem = f"{prefix}.distributed.dp_group_idx_{place}"
+    marked = groups(is_expert_parallel=prefix.startswith("chained_1"))
+    found[f"{stem}.optimizer/shard_0_1"] = [{"param_groups": marked}]
+    found[f"{stem}.per_bucket_numel_unpadded/shard_0_1"] = [[{(torch.bfloat16, torch.float32): lengths}]]
+    return found
 
 
-def bucket_key(place: int, bucket: int, kind: str) -> str:
+def bucket_key(place: int, bucket: int, kind: str, prefix: str = "optimizer") -> str:
     dtypes = "(torch.bfloat16, torch.float32)"
-    return f"optimizer.distributed.dp_group_idx_{place}.gbuf_idx_0.dtype_{dtypes}.bucket_idx_{bucket}.{kind}"
+    return f"{prefix}.distributed.dp_group_idx_{place}.gbuf_idx_0.dtype_{dtypes}.bucket_idx_{bucket}.{kind}"
 
 
 def _weights(model: nn.Module) -> Mapping[str, torch.Tensor]:

@@ -214,6 +214,32 @@ def test_layers_of_several_ranks_and_their_moments_become_one_tensor_each(tmp_pa
     assert torch.equal(out, torch.stack([STACK[0], STACK[1], STACK[1]]))
 
 
+def test_optimizers_of_a_model_with_keys_of_its_own_have_theirs_in_common_unless_they_train_the_same() -> None:
+    """As Megatron Core has it, of whose optimizers one trains the experts."""
+    models = {
+        "model/0/layers.1.w": (StackPlace("layers.w", (1,), (2,)), (4, 5)),
+        "model/0/layers.1.e": (StackPlace("layers.e", (1,), (2,)), (4, 5)),
+        "model/0/head": (StackPlace("out", (), ()), (4, 5)),
+    }
+    prefixes = [("optimizer/0/state/layers.1.w", "model/0/layers.1.w"), ("optimizer/0/state/head", "model/0/head")]
+    prefixes += [("optimizer/1/state/layers.1.e", "model/0/layers.1.e"), ("optimizer/1/state/head", "model/0/head")]
+    places = StoredPlaces(models, prefixes)
+
+    def at(path: str, shape: tuple[int, ...] = (4, 5)) -> str | None:
+        place = places.of(path, shape)
+        return place and place.path
+
+    assert at("optimizer/0/state/layers.1.w/exp_avg") == "optimizer/0/state/layers.w/exp_avg"
+    assert at("optimizer/1/state/layers.1.e/exp_avg") == "optimizer/0/state/layers.e/exp_avg"
+    assert at("optimizer/0/state/head/exp_avg") == "optimizer/0/state/out/exp_avg"
+    assert at("optimizer/1/state/head/exp_avg") == "optimizer/1/state/out/exp_avg", "trained by both"
+    assert at("optimizer/1/state/layers.1.e/step", ()) is None
+    head = whole("model/0/head", STACK[0])
+    found, left = under_stored_keys([head], {"optimizer/0/state/head/param": "model/0/head"}, places)
+    assert [chunk.key for chunk in found] == ["model/0/out"]
+    assert left == {"optimizer/0/state/out/param": "model/0/out"}
+
+
 def test_where_a_layer_has_no_moments_each_is_stored_by_itself_and_when_it_has_they_are_one_again(
     tmp_path: Path,
 ) -> None:

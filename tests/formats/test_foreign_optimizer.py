@@ -169,6 +169,62 @@ def test_buckets_of_another_tensor_parallel_size_are_refused_in_words(tmp_path: 
     assert torch.equal(model.wide, number("wide", "param", (5, 7)).to(torch.bfloat16))
 
 
+EXPERTS = ("deep", "long")
+
+
+def with_experts(dtype: torch.dtype = torch.bfloat16) -> Small:
+    """Marked as Megatron Core marks the parameters that not all data-parallel ranks have alike."""
+    model = Small(dtype)
+    for name in EXPERTS:
+        getattr(model, name).allreduce = False
+    return model
+
+
+def divided_apart(model: torch.nn.Module) -> list[DistributedOptimizer]:
+    """Experts in an optimizer of their own."""
+    named = dict(model.named_parameters())
+    parts = [[each for name, each in named.items() if (name in EXPERTS) == mine] for mine in (False, True)]
+    return [DistributedOptimizer(part, torch.optim.AdamW, lr=1e-3) for part in parts]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_are_found_in_the_buckets_of_their_own_optimizer(tmp_path: Path, dtype: torch.dtype) -> None:
+    by_bucket(tmp_path / "save", Small(), ("norm", "wide"), experts=EXPERTS)
+    model = with_experts(dtype)
+    whole = undivided(model)
+    assert not resumed(tmp_path / "save", model, whole).notes
+    assert_taken(model, whole)
+    apart = with_experts(dtype)
+    optimizers = divided_apart(apart)
+    resumed(tmp_path / "save", apart, optimizers)
+    for each in optimizers:
+        for name, its in state_by_name(apart, each).items():
+            for kind in MOMENTS:
+                assert torch.equal(its[kind], number(name, kind, its[kind].shape)), (name, kind)
+            assert torch.equal(its["param"], number(name, "param", its["param"].shape))
+            assert its["step"] == ITERATION
+
+
+def test_buckets_of_another_expert_parallel_size_are_refused_in_words(tmp_path: Path) -> None:
+    by_bucket(tmp_path / "two", Small(), ("norm", "wide"), experts=EXPERTS, expert_places=2)
+    by_bucket(tmp_path / "one", Small(), REVERSED)
+    for folder, told in (("two", "and 2 of experts"), ("one", "and 0 of experts")):
+        model = with_experts()
+        with pytest.raises(LayoutMismatchError, match=told) as refused:
+            resumed(tmp_path / folder, model, undivided(model), layout=ParallelLayout())
+        assert "load_optim=False" in str(refused.value)
+        assert torch.equal(model.wide, torch.zeros_like(model.wide))
+
+
+def test_a_third_optimizer_chained_behind_the_others_is_not_taken_for_one_of_them(tmp_path: Path) -> None:
+    folder = by_bucket(tmp_path / "save", Small(), ("norm", "wide"), experts=EXPERTS)
+    raw = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(raw.replace(b"chained_1", b"chained_2"))
+    model = with_experts()
+    with pytest.raises(LayoutMismatchError, match="two can be told apart"):
+        resumed(tmp_path / "save", model, undivided(model))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -19,6 +19,7 @@ LONGEST = pytest.mark.exhaustive
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 FULLY, BUCKETS = "fully_reshardable", "dp_reshardable"
+EXPERTS = {"experts": 4}  # trained by an optimizer of their own, where they are divided
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,9 @@ def program(
             marks=LONGEST,
         ),
         (BUCKETS, (), {"tp": 2, "world": 4}, {"tp": 2, "world": 2}),
+        pytest.param(BUCKETS, ("--bf16-gradients",), {"world": 2}, {"world": 1}, marks=LONGEST),
+        pytest.param(FULLY, (), {"ep": 2, "world": 2, **EXPERTS}, {"world": 1, **EXPERTS}, marks=LONGEST),
+        (BUCKETS, (), {"ep": 2, "pp": 2, "world": 4, **EXPERTS}, {"ep": 2, "pp": 2, "world": 4, **EXPERTS}),
     ],
 )
 def test_ours_goes_on_from_megatrons(
@@ -78,6 +82,8 @@ def test_ours_goes_on_from_megatrons(
         pytest.param(FULLY, {"tp": 1, "world": 2}, {"tp": 2, "world": 4}, marks=LONGEST),
         (BUCKETS, {"tp": 1, "world": 2}, {"tp": 1, "world": 1}),
         pytest.param(BUCKETS, {"tp": 2, "world": 2}, {"tp": 2, "world": 4}, marks=LONGEST),
+        (FULLY, {"ep": 2, "world": 2, **EXPERTS}, {"ep": 2, "world": 4, **EXPERTS}),
+        pytest.param(BUCKETS, {"ep": 2, "world": 2, **EXPERTS}, {"ep": 2, "world": 4, **EXPERTS}, marks=LONGEST),
     ],
 )
 def test_megatrons_goes_on_from_ours(
