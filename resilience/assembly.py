@@ -38,7 +38,7 @@ from resilience.runtime.memory import available_bytes
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.stores.authentication import Seal, key_of
-from resilience.stores.filesystem import FileSystem, Lock
+from resilience.stores.filesystem import TEMPORARY_PREFIX, FileSystem, Lock
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.node_store import NodeStore
 from resilience.stores.shared_store import SharedStore
@@ -352,7 +352,8 @@ def _remove_marks(stores: Sequence[NodeStore], others: set[str]) -> None:
     for store in stores:
         with contextlib.suppress(OSError):
             for name in store.fs.list_dir(store.base / store.run_id):
-                if name.startswith(_NONCE) and name not in others:
+                unfinished = name.startswith(TEMPORARY_PREFIX) and _NONCE in name  # all that are alive have theirs
+                if unfinished or (name.startswith(_NONCE) and name not in others):
                     store.fs.unlink(store.base / store.run_id / name)
 
 

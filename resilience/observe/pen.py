@@ -14,7 +14,7 @@ from typing import Final
 
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.runtime.worker import Lane
-from resilience.stores.interrupted import again
+from resilience.stores.interrupted import again, close
 
 __all__ = ["Pen"]
 
@@ -65,9 +65,12 @@ class Pen:
         # a pipe that somebody put here would be waited for, and a link may lead to any file of ours
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = again(os.open, self._path, flags, 0o600)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(f"{self._path} is no regular file")
+        try:
+            if not stat.S_ISREG(again(os.fstat, fd).st_mode):
+                raise OSError(f"{self._path} is no regular file")
+        except OSError:
+            close(fd)
+            raise
         self._fd = fd
 
     def _append(self, line: bytes) -> None:

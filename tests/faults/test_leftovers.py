@@ -33,7 +33,8 @@ FS = PosixFileSystem()
 def test_marks_of_starts_that_were_killed_are_removed_by_the_next_one(world: World) -> None:
     values(world.run(world.plan("a", steps=3)))
     run = world.memory / "a" / RUN
-    (run / ".nonce-0123456789abcdef").write_bytes(b"")
+    for mark in (".nonce-0123456789abcdef", ".tmp-16594-0-030b99b8-.nonce-064ae604dd428b62"):
+        (run / mark).write_bytes(b"")
     values(world.run(world.plan("a", steps=4, seed=1)))
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 

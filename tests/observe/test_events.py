@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -146,6 +147,22 @@ def test_a_failing_disk_is_counted_and_said_once_and_never_raises(tmp_path: Path
     assert broken.failures == 5
     assert len([line for line in said if "cannot be written" in line]) == 2  # once per log
     broken.close()
+
+
+def test_a_file_that_cannot_be_looked_at_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def descriptors() -> list[str]:
+        return sorted(os.readlink(each.path) for each in os.scandir("/proc/self/fd") if os.path.lexists(each.path))
+
+    def broken(fd: int) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    said: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("resilience.observe.pen.os.fstat", broken)
+        events = log(tmp_path, said=said)
+    assert len([line for line in said if "cannot be written" in line]) == 1
+    assert not [name for name in descriptors() if name.startswith(str(tmp_path))]
+    events.close()
 
 
 def test_rank_0_speaks_for_all_and_others_only_of_their_own_troubles(tmp_path: Path) -> None:
