@@ -33,6 +33,7 @@ from resilience.restore import Restorer
 from resilience.restore_assembly import AssemblyLoader
 from resilience.restore_shared import SharedLoader
 from resilience.restore_staging import Peers
+from resilience.runtime.bounded_calls import BoundedCalls
 from resilience.runtime.clock import Clock
 from resilience.runtime.memory import available_bytes
 from resilience.runtime.threads import SYSTEM_THREADS, Threads
@@ -127,11 +128,12 @@ def _assemble(
     communicator.authenticate(session)
     setup = session.agreements(setup, "setup")
     job = join_job(communicator, setup, place, resiliency, _common_settings(checkpoint, resiliency), env)
+    calls = BoundedCalls(threads, resiliency.exchange_timeout_s)
     shared = SharedLoader(
-        checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell,
+        checkpoint, fs, job.rank, job.world_size, resiliency.verify_load == "digest", tell, calls,
         _loading_peers(communicator, setup, job, place),
     )  # fmt: skip
-    run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env, draw)
+    run_id = _agree_run_id(setup, job, checkpoint, resiliency, fs, env, draw, calls)
     attempt = setup.broadcast(draw(16).encode() if job.rank == 0 else None).decode()
     stores = _node_stores(checkpoint, resiliency, run_id, job, fs, env, seal)
     agree_all(setup, lambda: _take_locks(stores, job, clock, locks))
@@ -252,6 +254,7 @@ def _agree_run_id(
     fs: FileSystem,
     env: Mapping[str, str],
     draw_name: Draw,
+    calls: BoundedCalls,
 ) -> str:
     """The leader finds the name, all hear it."""
     found: list[str] = [""]
@@ -261,7 +264,8 @@ def _agree_run_id(
             return
         kept = None
         if checkpoint.save is not None and resiliency.run_id is None:
-            owner = SharedStore(Path(checkpoint.save), fs, source="save", foreign_problem=foreign_problem).owner()
+            store = SharedStore(Path(checkpoint.save), fs, source="save", foreign_problem=foreign_problem)
+            owner = calls.call(str(store.root), store.owner)
             kept = owner.run_id if owner is not None else None
         draw = checkpoint.save is not None or checkpoint.non_persistent_ckpt_type is None
         found[0] = resolve_run_id(resiliency, kept, draw=draw_name if draw else None, env=env)

@@ -26,7 +26,9 @@ from resilience.planning.inventory import AttemptLog, SaveId
 from resilience.restore import Restorer
 from resilience.restore_shared import SharedLoader
 from resilience.restore_staging import Peers, Stager
+from resilience.runtime.bounded_calls import BoundedCalls
 from resilience.runtime.clock import SystemClock
+from resilience.runtime.threads import SYSTEM_THREADS
 from resilience.runtime.watchdog import Watchdog
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.trackers import TEXT_TRACKER, TRAIN_STATE_TRACKER, read_tracker, step_of
@@ -211,7 +213,8 @@ def test_a_rank_that_cannot_lay_out_its_chunks_says_so_in_the_agreement(monkeypa
 
 def loader_at(root: Path, told: list[str]) -> SharedLoader:
     return SharedLoader(
-        CheckpointConfig(save=str(root)), FS, 0, 1, False, lambda _, **fields: told.append(fields.get("what", ""))
+        CheckpointConfig(save=str(root)), FS, 0, 1, False, lambda _, **fields: told.append(fields.get("what", "")),
+        BoundedCalls(SYSTEM_THREADS, 60.0),
     )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from resilience import restore
 from resilience.observe import events, pen
 from resilience.observe.events import EventLog, scan_events
 from resilience.runtime.clock import SystemClock
-from tests.core.training import Act, Training, World, reference
+from tests.core.training import RUN, Act, Training, World, reference
 from tests.faults.edge import Edge
 from tests.ranks import values
 
@@ -94,6 +95,46 @@ def test_a_shared_mount_that_hangs_never_stops_training_and_the_job_comes_to_its
     assert "No save moved for 3 s: that of iteration 8 waits for shared storage" in told
     assert asynchronous or "the save of iteration 8 has not moved for 3 s on this rank" in told
     assert "shared storage does not answer" in told, "and how the attempt ended is noted on the node alone"
+
+
+# -- a start -----------------------------------------------------------------------------------------------------------
+
+LOOKS = ("open", "listdir", "lstat", "stat", "mkdir", "rename")
+
+
+def wedged_from_the_beginning(training: Training) -> None:
+    """What another start would find: the directory is there, and nothing that asks for it comes back."""
+    restore._RETRY_UNKNOWN_S = 1.0  # type: ignore[misc] # of this process, which is about to end
+    Wedge(f"{training.plan.disk}/save", *LOOKS).way.clear()
+
+
+def test_a_start_goes_on_from_its_nodes_while_the_directory_of_load_does_not_answer(world: World) -> None:
+    values(world.run(world.plan("a", "b", steps=6)))
+    plan = world.plan(
+        "a", "b", seed=1, make=wedged_from_the_beginning, checkpoint={"load": f"{world.disk}/save"},
+        resiliency={"exchange_timeout_s": 2.0},
+    )  # fmt: skip
+    ran = values(world.run(plan))
+    assert [each.resumed.iteration for each in ran] == [6, 6]
+    assert tuple(each.digest for each in ran) == reference(2)
+    told = [event["what"] for event in world.events("warning")]
+    assert any("save does not answer: a call did not come back within 2 s" in what for what in told), told
+
+
+@pytest.mark.parametrize("run_id", [RUN, None], ids=["to claim it", "to learn the run's name"])
+def test_a_start_whose_directory_of_saves_does_not_answer_ends_in_words_on_every_rank(
+    world: World, run_id: str | None
+) -> None:
+    options = {"save": True, "checkpoint": {"save_interval": 3}}
+    values(world.run(world.plan("a", "b", steps=6, **options, resiliency={"run_id": run_id})))
+    quick = {"exchange_timeout_s": 1.0, "run_id": run_id}
+    began = time.monotonic()
+    outcomes = world.run(world.plan("a", "b", make=wedged_from_the_beginning, **options, resiliency=quick))
+    assert time.monotonic() - began < 60
+    for outcome in outcomes:
+        assert "save does not answer" in outcome.message, outcome.message
+        assert "raise exchange_timeout_s" in outcome.message
+    assert values(world.run(world.plan("a", "b", seed=2, **options, resiliency={"run_id": run_id})))[0].iteration == 12
 
 
 # -- the event log ---------------------------------------------------------------------------------------------------

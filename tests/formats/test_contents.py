@@ -20,6 +20,8 @@ from resilience.formats.loader_files import encode_loader, read_loader
 from resilience.formats.registry import open_checkpoint
 from resilience.observe.events import read_events
 from resilience.restore_shared import SharedLoader
+from resilience.runtime.bounded_calls import BoundedCalls
+from resilience.runtime.threads import SYSTEM_THREADS
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.trackers import TEXT_TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER
@@ -293,7 +295,9 @@ def test_every_file_is_held_against_its_digest_by_one_rank_and_all_read_about_as
     checkpoint = CheckpointConfig(save=str(root))
     shares = []
     for rank in range(size):
-        loader = SharedLoader(checkpoint, FS, rank, size, True, lambda *_, **__: None)
+        loader = SharedLoader(
+            checkpoint, FS, rank, size, True, lambda *_, **__: None, BoundedCalls(SYSTEM_THREADS, 60.0)
+        )
         shares.append(loader._share(open_checkpoint(folder, FS)))
     listed = [name for share in shares for name in share]
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
