@@ -130,7 +130,7 @@ class Restorer:
             self.clock.sleep(1.0)
 
     def _ask(self, strikes: frozenset[Strike], *, final: bool) -> Plan:
-        gathered = self.setup.gather(self._look())
+        gathered = self.setup.collect(self._look())
         answer: bytes | None = None
         if self.job.rank == 0:
             refusals = [payload for payload in gathered if payload.startswith(_REFUSED)]

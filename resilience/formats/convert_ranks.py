@@ -89,6 +89,10 @@ class _Rank:
         self._number += 1
         return self._table.exchange(self.rank, self._number, payload)
 
+    def collect(self, payload: bytes) -> list[bytes]:
+        told = self.gather(payload)
+        return told if self.rank == 0 else []
+
     def broadcast(self, payload: bytes | None) -> bytes:
         return self.gather(payload or b"")[0]
 

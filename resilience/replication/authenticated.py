@@ -162,6 +162,11 @@ class _AuthenticatedAgreements:
         mac = self._session.mac(self._place(self.rank), payload)
         return [self._proved(word, member) for member, word in enumerate(self._group.gather(mac + payload))]
 
+    def collect(self, payload: bytes) -> list[bytes]:
+        self._count += 1
+        mac = self._session.mac(self._place(self.rank), payload)
+        return [self._proved(word, member) for member, word in enumerate(self._group.collect(mac + payload))]
+
     def broadcast(self, payload: bytes | None) -> bytes:
         self._count += 1
         word = None if payload is None else self._session.mac(self._place(0), payload) + payload

@@ -49,6 +49,10 @@ class Agreements(Protocol):
         """Every member's payload, in rank order, on every member (a few KiB each)."""
         ...
 
+    def collect(self, payload: bytes) -> list[bytes]:
+        """Every member's payload, in rank order, on member 0; nothing on the others, which may go on before."""
+        ...
+
     def broadcast(self, payload: bytes | None) -> bytes:
         """The payload of member 0 on every member; the others pass None."""
         ...
@@ -138,6 +142,9 @@ class SoloAgreements:
     size = 1
 
     def gather(self, payload: bytes) -> list[bytes]:
+        return [payload]
+
+    def collect(self, payload: bytes) -> list[bytes]:
         return [payload]
 
     def broadcast(self, payload: bytes | None) -> bytes:

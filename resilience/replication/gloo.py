@@ -210,16 +210,31 @@ class _GlooGroup:
 
 class _GlooAgreements(_GlooGroup):
     def gather(self, payload: bytes) -> list[bytes]:
+        sizes = self._sizes(payload)
+        if not any(sizes):
+            return [b""] * self.size
+        padded, received = _padded(payload, max(sizes)), self._blank(max(sizes))
+        self._finish(self._live().allgather([received], [padded]))
+        return _cut(received, sizes)
+
+    def collect(self, payload: bytes) -> list[bytes]:
+        sizes = self._sizes(payload)
+        if not any(sizes):
+            return [b""] * self.size if self.rank == 0 else []
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        received = self._blank(max(sizes)) if self.rank == 0 else []
+        padded = _padded(payload, max(sizes))
+        self._finish(self._live().gather([received] if received else [], [padded], options))
+        return _cut(received, sizes) if received else []
+
+    def _sizes(self, payload: bytes) -> list[int]:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in self._members]
         self._finish(self._live().allgather([lengths], [torch.tensor([len(payload)])]))
-        sizes = [int(length.item()) for length in lengths]
-        longest = max(sizes)
-        if longest == 0:
-            return [b""] * self.size
-        padded = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
-        received = [torch.empty(longest, dtype=torch.uint8) for _ in self._members]
-        self._finish(self._live().allgather([received], [padded]))
-        return [tensor.numpy().tobytes()[:size] for tensor, size in zip(received, sizes, strict=True)]
+        return [int(length.item()) for length in lengths]
+
+    def _blank(self, nbytes: int) -> list[torch.Tensor]:
+        return [torch.empty(nbytes, dtype=torch.uint8) for _ in self._members]
 
     def broadcast(self, payload: bytes | None) -> bytes:
         length = torch.tensor([len(payload) if self.rank == 0 and payload is not None else 0])
@@ -239,6 +254,14 @@ class _GlooAgreements(_GlooGroup):
 
     def barrier(self) -> None:
         self.maximum([0])
+
+
+def _padded(payload: bytes, nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(bytearray(payload.ljust(nbytes, b"\0")), dtype=torch.uint8)
+
+
+def _cut(received: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[bytes]:
+    return [tensor.numpy().tobytes()[:size] for tensor, size in zip(received, sizes, strict=True)]
 
 
 class _GlooControl(_GlooGroup):

@@ -77,6 +77,20 @@ class Tree:
                 broken.add(stage)
         return _unpack(self._down(word, broken))
 
+    def collect(self, payload: bytes) -> list[bytes]:
+        """What is joined goes up; down comes only that nobody was lost."""
+        self._usable()
+        word, broken = _WELL + _pack([payload]), set()
+        for stage in self._stages:
+            try:
+                words = stage.group.collect(word)
+                word = _join(words) if stage.leads else _WELL
+            except PeerLostError as error:
+                word = self._farewell(error)
+                broken.add(stage)
+        self._down(_WELL if word[:1] == _WELL else word, broken, from_the_top=True)
+        return _unpack(word[1:]) if self.rank == 0 else []
+
     def broadcast(self, payload: bytes | None) -> bytes:
         """Member 0 is the first of every group that it is in."""
         self._usable()
@@ -97,9 +111,10 @@ class Tree:
         for stage in self._stages:
             stage.group.close()
 
-    def _down(self, word: bytes, broken: set[Stage]) -> bytes:
+    def _down(self, word: bytes, broken: set[Stage], *, from_the_top: bool = False) -> bytes:
+        """`from_the_top`: in the last group only the first has it."""
         for stage in reversed(self._stages):
-            if stage.last or stage in broken:
+            if (stage.last and not from_the_top) or stage in broken:
                 continue
             try:
                 word = stage.group.broadcast(word if stage.leads else None)

@@ -182,6 +182,8 @@ class Alone:
     def gather(self, content: bytes) -> list[bytes]:
         return [content]
 
+    collect = gather
+
     def broadcast(self, content: bytes | None) -> bytes:
         self.broadcasts.append(content)
         assert content is not None

@@ -34,6 +34,8 @@ def agree_on_everything(rank: int) -> dict[str, Any]:
     seen: dict[str, Any] = {
         "gathered": everybody.gather(f"payload {rank}".encode() * rank),
         "nothing": everybody.gather(b""),
+        "collected": everybody.collect(f"payload {rank}".encode() * rank),
+        "nothing collected": everybody.collect(b""),
         "told": everybody.broadcast(b"from the leader" if rank == 0 else None),
         "told nothing": everybody.broadcast(b"" if rank == 0 else None),
         "highest": everybody.maximum([rank, -rank, (1 << 62) - rank, -(1 << 62)]),
@@ -58,6 +60,8 @@ def test_a_tree_gives_every_member_what_one_group_would() -> None:
     for rank, seen in enumerate(values(run_ranks(5, agree_on_everything))):
         assert seen["gathered"] == [f"payload {each}".encode() * each for each in range(5)]
         assert seen["nothing"] == [b""] * 5
+        assert seen["collected"] == ([] if rank else seen["gathered"])
+        assert seen["nothing collected"] == ([] if rank else seen["nothing"])
         assert (seen["told"], seen["told nothing"]) == (b"from the leader", b"")
         assert seen["highest"] == [4, 0, 1 << 62, -(1 << 62)]
         assert seen["control"] == [merge([[turn * 10 + each, -each] for each in range(5)]) for turn in range(5)]
@@ -100,6 +104,7 @@ def lose_one(rank: int, victim: int, how: str, what: str) -> str:
         "control": lambda: (control.start([rank]), control.result()),
         "maximum": lambda: everybody.maximum([rank]),
         "gather": lambda: everybody.gather(b"x"),
+        "collect": lambda: everybody.collect(b"x"),
     }
     with pytest.raises(PeerLostError) as caught:
         acts[what]()
@@ -113,7 +118,7 @@ def lose_one(rank: int, victim: int, how: str, what: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["control", "maximum", "gather"])
+@pytest.mark.parametrize("what", ["control", "maximum", "gather", "collect"])
 @pytest.mark.parametrize(("victim", "how"), [(0, "killed"), (1, "killed"), (2, "stopped"), (4, "killed")])
 def test_when_one_rank_is_lost_every_other_one_hears_of_it(victim: int, how: str, what: str) -> None:
     outcomes = run_ranks(5, lose_one, victim, how, what)
@@ -138,6 +143,8 @@ class _Broken:
         self.asked += 1
         raise PeerLostError("a peer is gone", rank=7)
 
+    collect = gather
+
 
 class _Heard:
     """A group that works: what was said in it, by this rank."""
@@ -153,23 +160,30 @@ class _Heard:
         self.said.append(payload)
         return [payload, b"+"]
 
+    collect = gather
+
     def broadcast(self, payload: bytes | None) -> bytes:
         self.said.append(payload)
         return payload or b""
 
 
-@pytest.mark.parametrize("what", ["maximum", "gather"])
+@pytest.mark.parametrize("what", ["maximum", "gather", "collect"])
 def test_a_leader_that_loses_somebody_hands_that_on_up_and_down_and_then_says_no_more(what: str) -> None:
     lowest, broken, top = _Heard(), _Broken(), _Heard()
     groups: list[Any] = [lowest, broken, top]
     tree = Tree("a tree", 0, 8, [Stage(group, True, group is top) for group in groups])
-    act: dict[str, Callable[[], Any]] = {"maximum": lambda: tree.maximum([3]), "gather": lambda: tree.gather(b"word")}
+    act: dict[str, Callable[[], Any]] = {
+        "maximum": lambda: tree.maximum([3]),
+        "gather": lambda: tree.gather(b"word"),
+        "collect": lambda: tree.collect(b"word"),
+    }
     for _ in range(2):
         with pytest.raises(PeerLostError) as caught:
             act[what]()
         assert caught.value.rank == 7
     word: Any = [7 + 2, 3] if what == "maximum" else b"-7"
-    assert top.said == [word]
+    # what was collected went no further than the first, so that the others of the last group are told besides
+    assert top.said == ([word, word] if what == "collect" else [word])
     assert lowest.said[1:] == [word], "those below it hear who was lost"
     assert len(lowest.said) == 2
     assert broken.asked == 1

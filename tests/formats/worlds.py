@@ -38,6 +38,10 @@ class ThreadAgreements:
         self._barrier.wait(WAIT_S)
         return answers
 
+    def collect(self, payload: bytes) -> list[bytes]:
+        told = self.gather(payload)
+        return told if self.rank == 0 else []
+
     def broadcast(self, payload: bytes | None) -> bytes:
         return self.gather(payload or b"")[0]
 

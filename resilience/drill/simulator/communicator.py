@@ -134,6 +134,10 @@ class _SimAgreements(_Talking):
     def gather(self, payload: bytes) -> list[bytes]:
         return self._hear(self._give("gather", payload), self._group.members)
 
+    def collect(self, payload: bytes) -> list[bytes]:
+        this = self._give("collect", payload)
+        return self._hear(this, self._group.members) if self.rank == 0 else []
+
     def broadcast(self, payload: bytes | None) -> bytes:
         first = self._group.members[0]
         if self.rank == 0 and payload is None:

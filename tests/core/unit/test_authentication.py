@@ -191,6 +191,10 @@ class Tampering(ThreadAgreements):
         self.count += 1
         return self.alter(self.count, super().gather(payload))
 
+    def collect(self, payload: bytes) -> list[bytes]:
+        told = self.gather(payload)
+        return told if self.rank == 0 else []
+
 
 def _together(
     size: int, work: Callable[[Any], Any], alter: Callable[[int, list[bytes]], list[bytes]] | None = None
@@ -219,10 +223,12 @@ def test_an_authenticated_group_says_what_was_said() -> None:
         said = sealed.broadcast(b"from 0" if sealed.rank == 0 else None)
         highest = sealed.maximum([sealed.rank, -sealed.rank, -(2**62)])
         sealed.barrier()
-        return told, said, highest, sealed.size
+        collected = sealed.collect(b"for 0 from %d" % sealed.rank)
+        return told, said, highest, sealed.size, collected
 
-    for found in _together(3, talk):
-        assert found == ([b"word of 0", b"word of 1", b"word of 2"], b"from 0", [2, 0, -(2**62)], 3)
+    for rank, found in enumerate(_together(3, talk)):
+        collected = [] if rank else [b"for 0 from 0", b"for 0 from 1", b"for 0 from 2"]
+        assert found == ([b"word of 0", b"word of 1", b"word of 2"], b"from 0", [2, 0, -(2**62)], 3, collected)
 
 
 def _flip(words: list[bytes]) -> list[bytes]:
@@ -247,6 +253,13 @@ def test_what_is_altered_between_the_members_of_a_group_is_refused(how: str) -> 
     for found in _together(2, talk, TAMPERS[how]):
         assert isinstance(found, ForgedMessageError)
         assert "not authentic" in str(found)
+
+    def tell_the_first(group: Any) -> Any:
+        return _session().agreements(group, "g").collect(b"word of %d" % group.rank)
+
+    first, second = _together(2, tell_the_first, TAMPERS[how])
+    assert isinstance(first, ForgedMessageError)
+    assert second == []
 
 
 def test_an_earlier_word_another_group_s_or_another_start_s_is_refused() -> None:
