@@ -160,7 +160,8 @@ class Protection:
         if missing:
             self.tell("warning", what=f"iteration {save.iteration} is not fully protected again: {missing}", advice="")
         else:
-            self.tell("protected", iteration=save.iteration, tier=self._keeper.store.tier, seconds=0.0)
+            tier = self._keeper.store.tier
+            self.tell("protected", iteration=save.iteration, generation=save.generation, tier=tier, seconds=0.0)
 
     def close(self, *, failed: bool) -> None:
         if self._exchange is not None:
@@ -217,7 +218,8 @@ class Protection:
         self._board.report(SlotReport(job.save, "protected", settled=True, cost_us=cost))
         sent, spared = (now - then for now, then in zip(self._traffic, before, strict=True))
         self.tell(
-            "protected", iteration=iteration, tier=tier, seconds=seconds, sent_bytes=sent, spared_bytes=spared
+            "protected", iteration=iteration, generation=job.save.generation, tier=tier, seconds=seconds,
+            sent_bytes=sent, spared_bytes=spared,
         )  # fmt: skip
 
     def commit_primary(self, job: SaveJob, digest: str) -> None:

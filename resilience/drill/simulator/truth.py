@@ -201,7 +201,7 @@ class Truth:
         key = (int(iteration), start.attempt)
         if event == "snapshot":
             self._save(key, start)
-        elif event == "protected" and key in self.saves:
+        elif event == "protected" and key in self.saves and fields["generation"] == generation_of(start.attempt):
             self.saves[key].protected.add(rank)
             self._check_protected(self.saves[key], start)
         elif event == "complete" and tier in ("local", "in_memory"):
