@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from resilience.errors import StoreError
 from resilience.planning.retrieval import Fetch
 from resilience.runtime.threads import SYSTEM_THREADS, Mailbox, Threads
 from resilience.snapshot.arena import Arena
@@ -47,6 +48,8 @@ class Landing:
         Raises what kept it from being made (StoreError).
         """
         ready: Arena | Exception = self._ready.get()  # there comes one for each segment, or what went wrong
+        if isinstance(ready, OSError) and not isinstance(ready, StoreError):
+            raise StoreError(f"no pages can be had for a shard that is fetched: {ready}") from ready
         if isinstance(ready, Exception):
             raise ready
         return ready

@@ -371,8 +371,10 @@ class NodeStore:
         for path in list(self._leftovers(root)):
             removed += self.fs.unlink(path)
         for folder in list(self._save_folders(root)):  # of saves that failed before they had a record
-            if self.fs.remove_dir(folder):
-                self.fs.remove_dir(folder.parent)
+            self.fs.remove_dir(folder)
+        for name in self.fs.list_dir(root):  # and where a deletion got no further
+            if _ITERATION.fullmatch(name):
+                self.fs.remove_dir(root / name)
         return removed
 
     def _leftovers(self, root: Path) -> Iterator[Path]:

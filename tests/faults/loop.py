@@ -73,10 +73,13 @@ class Tried:
     defects: list[str] = field(default_factory=list)
 
 
-def fault_loop(rank: int, operation: Operation, home: Place, sample: int | None = None) -> Tried:
+def fault_loop(
+    rank: int, operation: Operation, home: Place, sample: int | None = None, part: tuple[int, int] = (0, 1)
+) -> Tried:
     """All faults at all calls, until the operation has no call left to fail; in a child of a forkserver.
 
-    `sample`: so many calls only, spread over the operation, with one fault each, all kinds in their turn.
+    `sample`: so many calls only, spread over the operation, with one fault each, all kinds in their turn. `part`: else
+    every nth call, from which one on.
     """
     tried = Tried()
     kept = _make_ready(operation, home)
@@ -87,7 +90,7 @@ def fault_loop(rank: int, operation: Operation, home: Place, sample: int | None 
         for at, fault in _spread(seen, sample):
             _try(operation, home, kept, at, fault, tried)
         return tried
-    for at in range(1, len(seen) + _BEYOND):
+    for at in range(1 + part[0], len(seen) + _BEYOND, part[1]):
         call = seen[at - 1] if at <= len(seen) else "close"  # one more than was counted: lanes have a pace of their own
         struck = [_try(operation, home, kept, at, fault, tried) for fault in FAULTS if applies(fault, call)]
         if at > len(seen) and not any(struck):

@@ -35,8 +35,10 @@ def test_marks_of_starts_that_were_killed_are_removed_by_the_next_one(world: Wor
     run = world.memory / "a" / RUN
     for mark in (".nonce-0123456789abcdef", ".tmp-16594-0-030b99b8-.nonce-064ae604dd428b62"):
         (run / mark).write_bytes(b"")
+    (run / "a" / "iter_0000002").mkdir()  # of a save that was deleted but for this
     values(world.run(world.plan("a", steps=4, seed=1)))
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+    assert not (run / "a" / "iter_0000002").exists()
 
 
 def test_half_an_attempt_log_on_shared_storage_goes_with_the_next_start(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from resilience.errors import CorruptCopyError, ForgedMessageError, PeerLostErro
 from resilience.planning.retrieval import Fetch
 from resilience.replication.authenticated import OPEN, KeyedSession, Session
 from resilience.replication.communicator import Communicator, Links
+from resilience.replication.landing import Landing
 from resilience.replication.retrieval import Fetched, run_fetches
 from resilience.snapshot.arena import Arena
 from resilience.stores import digest
@@ -216,3 +218,17 @@ def test_with_a_key_other_bytes_of_a_shard_are_of_no_use(memory_mount: Path) -> 
     restart = _keyed(memory_mount, Wire(timeout_s=5.0, alter=flip))
     restart.send()
     assert all("the owner's is blake2b-256-32m:" in got.problem for got in restart.receive())
+
+
+def test_pages_that_cannot_be_had_are_told_as_what_keeps_a_shard_from_coming() -> None:
+    """Not as an error of the system's own kind, which nobody who starts a job has to know."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    arena: Any = SimpleNamespace(nbytes=SEGMENT, mapped=SimpleNamespace(reserved=0, fault_in=refuse))
+    fetch = Fetch(1, "b", "b", "in_memory", SENDER, "a", RECEIVER, SEGMENT, "digest")
+    landing = Landing([fetch], lambda _: arena, lambda *_: None)
+    with pytest.raises(StoreError, match="no pages can be had .* Input/output error"):
+        landing.next()
+    landing.close()
