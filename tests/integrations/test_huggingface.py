@@ -280,7 +280,7 @@ def refuse(rank: int, root: str) -> list[str]:
     return told
 
 
-def test_what_would_train_otherwise_than_without_protection_is_refused(tmp_path: Path) -> None:
+def test_a_trainer_that_would_train_otherwise_than_without_protection_is_refused(tmp_path: Path) -> None:
     (told,) = values(run_ranks(1, refuse, str(tmp_path), distributed=False))
     assert len(told) == 4, told
     expected = ("begins the epoch anew", "one batch size after", "no order can be drawn again", "the place in the data")

@@ -229,6 +229,6 @@ def test_pages_that_cannot_be_had_are_told_as_what_keeps_a_shard_from_coming() -
     arena: Any = SimpleNamespace(nbytes=SEGMENT, mapped=SimpleNamespace(reserved=0, fault_in=refuse))
     fetch = Fetch(1, "b", "b", "in_memory", SENDER, "a", RECEIVER, SEGMENT, "digest")
     landing = Landing([fetch], lambda _: arena, lambda *_: None)
-    with pytest.raises(StoreError, match="no pages can be had .* Input/output error"):
+    with pytest.raises(StoreError, match=r"no pages can be had .* Input/output error"):
         landing.next()
     landing.close()
