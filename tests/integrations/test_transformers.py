@@ -134,7 +134,7 @@ def run(rank: int, job: Job) -> Ran:
     )
     resumed = None
     if job.protected:
-        from resilience.integrations.huggingface import protect
+        from resilience.integrations.transformers import protect
 
         protection = protect(trainer, checkpoint=CheckpointConfig(**options), resiliency=limits)
     trainer.train()
@@ -210,7 +210,7 @@ def twice(rank: int, root: str) -> list[Any]:
     """A run that is asked to stop, then one that goes on, then one that has nothing left to do."""
     from transformers import TrainerCallback
 
-    from resilience.integrations.huggingface import protect
+    from resilience.integrations.transformers import protect
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -256,7 +256,7 @@ def test_a_requested_stop_is_saved_and_a_finished_run_is_found_finished(tmp_path
 
 
 def refuse(rank: int, root: str) -> list[str]:
-    from resilience.integrations.huggingface import protect
+    from resilience.integrations.transformers import protect
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -289,7 +289,7 @@ def test_a_trainer_that_would_train_otherwise_than_without_protection_is_refused
 
 
 def resume_from_theirs(rank: int, root: str) -> str:
-    from resilience.integrations.huggingface import protect
+    from resilience.integrations.transformers import protect
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)

@@ -44,7 +44,7 @@ def _library() -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            "Transformers is not installed here.", advice="Install it: pip install torch-resilience[huggingface]"
+            "Transformers is not installed here.", advice="Install it: pip install torch-resilience[transformers]"
         ) from None
     return transformers
 
@@ -144,7 +144,7 @@ class Protection(_Callback):
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # Accelerate's is around it
         self._resilient = resilient = ResilientTrainer(
             trainer.model_wrapped, optimizer, scheduler=trainer.lr_scheduler, scaler=trainer.accelerator.scaler,
-            extra_state={**self._extra, "huggingface": _Progress(self)}, checkpoint=self._checkpoint,
+            extra_state={**self._extra, "transformers": _Progress(self)}, checkpoint=self._checkpoint,
             resiliency=self._resiliency,
         )  # fmt: skip
         if resilient.resumed_from is not None:
