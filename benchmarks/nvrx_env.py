@@ -10,6 +10,7 @@ import site
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,18 +23,22 @@ _INSTALL_LIMIT_S: Final = 600
 _PROBE: Final = "import nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager"
 
 
-def nvrx_python(home: Path = REPOSITORY / ".venv-nvrx") -> tuple[str, str]:
-    """`(interpreter, "")`, made and filled if need be; `("", reason)` if it cannot be had."""
+def nvrx_python(home: Path = REPOSITORY / ".venv-nvrx", beside: Sequence[str] = ()) -> tuple[str, str]:
+    """`(interpreter, "")`, made and filled if need be; `("", reason)` if it cannot be had.
+
+    `beside`: what else is to be installed with it, each as name==version.
+    """
     python = home / "bin" / "python"
-    if python.exists() and not _problem([str(python), "-c", _PROBE]):
+    probe = "; ".join([_PROBE, *(f"import {each.partition('==')[0]}" for each in beside)])
+    if python.exists() and not _problem([str(python), "-c", probe]):
         return str(python), ""
     try:
         venv.create(home, clear=True, with_pip=False)
         _borrow_torch(home)
     except OSError as error:
         return "", f"{home} could not be made: {error}"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", NVRX]
-    problem = _problem(pip) or _problem([str(python), "-c", _PROBE])
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", NVRX, *beside]
+    problem = _problem(pip) or _problem([str(python), "-c", probe])
     return ("", f"{NVRX} could not be installed: {problem}") if problem else (str(python), "")
 
 

@@ -100,6 +100,7 @@ class ResiliencyController:
         self._stepped_at: float | None = None
         self._step_told_at = self.clock.now()
         self.tells_every_step = False  # in a drill
+        self.before_save: Callable[[], None] = lambda: None  # called when one is about to be taken
 
     #: How to hear of the steps that an overlapped snapshot has to be joined before.
     watch_steps: WatchSteps = staticmethod(watch_all)
@@ -193,6 +194,7 @@ class ResiliencyController:
             if agreed is not None and agreed.leaving:
                 return None
         if wanted:
+            self.before_save()
             report = self._take(iteration, due, final=last or due.stop)
         if due.stop:
             self._stop()

@@ -20,6 +20,7 @@ from resilience.controller import ResiliencyController
 from resilience.drill.rehearsal import Rehearsal
 from resilience.errors import ConfigError, SaveFailedError, StoppedExit
 from resilience.reports import Resume
+from resilience.runtime.launcher_reports import Channel, LauncherReports, Unheard
 from resilience.runtime.slurm import stop_time
 from resilience.runtime.watchdog import Watchdog
 from resilience.state.digest import state_digest
@@ -68,7 +69,10 @@ class ResilientTrainer:
         self._asked: list[str] = []
         self._finished = False
         self._watchdog: Watchdog | None = None
+        self._reports: LauncherReports | None = None
         try:
+            self._reports = self._make_reports()
+            self._controller.before_save = self._reports.saving
             self._controller.restore()
         except BaseException:
             self.close(failed=True)
@@ -92,9 +96,10 @@ class ResilientTrainer:
             train_iters = self._rehearsal.train_iters
         if self._finished:
             raise RuntimeError("this trainer's loop is complete; make a new trainer to train on")
-        watchdog = self._watching()
+        watchdog, reports = self._watching(), self._reporting()
         self._stepped = False
         watchdog.beat()
+        reports.step()
         try:
             while self.iteration < train_iters:
                 try:
@@ -147,12 +152,14 @@ class ResilientTrainer:
         watchdog.pause()  # what follows has bounds of its own
         self._controller.after_step(iteration, last=iteration >= train_iters)
         watchdog.beat()
+        self._reporting().step()
         if self._rehearsal is not None:
             self._rehearsal.act(iteration, settle=self._controller.wait_idle, tell=self._controller.tell)
 
     def _finish(self) -> None:
         watchdog = self._watching()
         watchdog.pause()  # what follows has bounds of its own
+        self._reporting().saving()
         try:
             self._finished = True
             if self._rehearsal is not None:
@@ -161,6 +168,7 @@ class ResilientTrainer:
             self._controller.finish()
         finally:
             watchdog.rest()
+            self._reporting().close()
 
     # -- what users ask -----------------------------------------------------------------------------------------------
 
@@ -215,6 +223,8 @@ class ResilientTrainer:
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
+        if self._reports is not None:
+            self._reports.close()
         self._controller.close(failed=failed)
 
     def __enter__(self) -> ResilientTrainer:
@@ -241,6 +251,20 @@ class ResilientTrainer:
         if self._watchdog is None:
             raise RuntimeError("the trainer is closed")
         return self._watchdog
+
+    def _reporting(self) -> LauncherReports:
+        if self._reports is None:
+            raise RuntimeError("the trainer is closed")
+        return self._reports
+
+    def _make_reports(self) -> LauncherReports:
+        controller = self._controller
+        channel: Channel = Unheard()
+        if controller.resiliency.ft_launcher:
+            from resilience.integrations.ft_launcher import channel_to_ft_launcher
+
+            channel = channel_to_ft_launcher(os.environ, controller.tell)
+        return LauncherReports(channel, controller.clock, controller.tell)
 
     def _make_watchdog(self) -> Watchdog:
         config = self._controller.resiliency

@@ -87,7 +87,7 @@ RESILIENCY_DEFAULTS: dict[str, object] = {
     "secret_env": None,
 }
 #: The page says "at least": what was added since.
-ADDED_DEFAULTS: dict[str, object] = {"save_frozen": True, "replicas_from": "network"}
+ADDED_DEFAULTS: dict[str, object] = {"save_frozen": True, "replicas_from": "network", "ft_launcher": False}
 RESILIENCY_CHOICES = {
     "snapshot_mode": ("eager", "overlapped"),
     "redundancy": ("replica", "xor", "rs"),

@@ -137,6 +137,11 @@ class ResiliencyConfig:
         unit="s",
         limit=ABOVE_ZERO,
     )
+    ft_launcher: bool = setting(
+        False,
+        "Tell `ft_launcher` of NVIDIA's Resiliency Extension that this rank lives and what it does; see "
+        "[trainers and launchers](trainers.md#nvrxs-launcher).",
+    )
     term_grace_s: float = setting(
         20, "After TERM, the process exits if no boundary is reached within this time.", unit="s", limit=at_least(0)
     )
