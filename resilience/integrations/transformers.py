@@ -155,18 +155,21 @@ class Protection(_Callback):
     def run_epoch(self, theirs: Callable[..., Any], **named: Any) -> Any:
         """Epochs that were trained are left out, and the batches of the one that was begun."""
         epoch, of, goes_on = named["epoch"], named["num_update_steps_per_epoch"], self._from
-        self._place = _Place(epoch, 0, of)
-        if goes_on is not None:
+        if goes_on is None:
+            self._place = _Place(epoch, 0, of)
+        else:
             if goes_on.of != of:
                 raise ConfigError(
                     f"an epoch had {goes_on.of} steps and has {of} now: the place in the data would be another.",
                     advice="Resume with the batch size, accumulation, number of ranks and data of the save.",
                 )
-            if (epoch, 0) < (goes_on.epoch, goes_on.steps) and (epoch < goes_on.epoch or goes_on.steps >= of):
+            self._place = goes_on  # nothing may be left to do, and the last save still to be taken
+            if epoch < goes_on.epoch or (epoch == goes_on.epoch and goes_on.steps >= of):
                 return None
-            if epoch == goes_on.epoch:
-                self._place.steps = goes_on.steps
+            self._place = _Place(epoch, goes_on.steps if epoch == goes_on.epoch else 0, of)
             self._from = None
+            if goes_on.steps >= of:  # saved when the loop was over: of this epoch nothing had been drawn
+                self._put_generators_back()
             named |= {
                 "epochs_trained": epoch,
                 "steps_trained_in_current_epoch": self._place.steps * self._trainer.args.gradient_accumulation_steps,
@@ -197,6 +200,10 @@ class Protection(_Callback):
             raise RuntimeError("a step begins outside of train")
         next(self._steps)
         self._place.steps += 1
+        self._put_generators_back()
+
+    def _put_generators_back(self) -> None:
+        """Once, behind what a restart draws and the run had drawn."""
         if self._generators is not None:
             rng.restore(self._generators, self._devices())
             self._generators = None

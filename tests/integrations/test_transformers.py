@@ -255,6 +255,40 @@ def test_a_requested_stop_is_saved_and_a_finished_run_is_found_finished(tmp_path
     assert third[3][-1] == f"iter_{EPOCHS * STEPS:07d}"
 
 
+def extend(rank: int, root: str) -> list[Any]:
+    """A run on its node alone; the same again with a directory for its last save; and one epoch more, from there."""
+    from resilience.integrations.transformers import protect
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    found: list[Any] = []
+    on_node = {"non_persistent_ckpt_type": "local", "non_persistent_save_interval": 1}
+    on_node["non_persistent_local_ckpt_dir"] = f"{root}/node"
+    persistent = {"save": f"{root}/save", "save_interval": 1000}
+    for epochs, place, options in (
+        (EPOCHS, "node", on_node), (EPOCHS, "node", on_node | persistent), (EPOCHS + 1, "other", persistent),
+    ):  # fmt: skip
+        longer = (("num_train_epochs", epochs), ("lr_scheduler_type", "constant_with_warmup"))
+        trainer, told = make(Job(root, options=longer), rank)
+        limits = ResiliencyConfig(run_id="run", memory_dir=f"{root}/{place}", keep_after_success=True)
+        protection = protect(trainer, checkpoint=CheckpointConfig(**options), resiliency=limits)
+        trainer.train()
+        resumed = protection.resilient.resumed_from
+        found.append((resumed and (resumed.iteration, resumed.tier), [each[0] for each in told], told))
+    return found
+
+
+def test_a_finished_run_is_given_another_epoch_and_goes_on_behind_its_last(memory_mount: Path) -> None:
+    ((first, second, third),) = values(run_ranks(1, extend, str(memory_mount / "job"), distributed=False))
+    last, steps = EPOCHS * STEPS, [*range((EPOCHS + 1) * STEPS)]
+    assert first[:2] == (None, steps[:last])
+    assert second[:2] == ((last, "local"), []), "nothing was left but to save it"
+    assert third[:2] == ((last, "persistent"), steps[last:])
+    options = (("num_train_epochs", EPOCHS + 1), ("lr_scheduler_type", "constant_with_warmup"))
+    (expected,) = undisturbed(Job(str(memory_mount / "whole"), protected=False, options=options))
+    assert tuple(third[2]) == expected.told[last:]
+
+
 def refuse(rank: int, root: str) -> list[str]:
     from resilience.integrations.transformers import protect
 
