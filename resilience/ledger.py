@@ -180,7 +180,8 @@ class Ledger:
             self.failed_at.add(iteration)
             error = saving.error_of(change)
             saving.plan_anew()
-            self._tell("save_failed", iteration=iteration, tier=tier, error=error or "it failed on another rank")
+            told = error or "it failed on another rank"
+            self._tell("save_failed", iteration=iteration, tier=tier, error=told, elsewhere=not error)
             if change.what == "persistent_failed" and saving.drain.evicted:
                 raise EvictedError(saving.drain.evicted)
             if self._resiliency.on_save_failure == "raise":

@@ -226,7 +226,8 @@ class Orchestrator:
                 continue  # survivors that lost a peer: their logs have it, the story knows why
             if event["event"] == "warning" and _OVERRIDDEN in str(event.get("what")):
                 continue  # the drill's own doing, at every start; the report lists it
-            if event["event"] in _TOLD and (event["rank"] == 0 or event["event"] in ("save_failed", "hang")):
+            own_trouble = event["event"] in ("save_failed", "hang") and not event.get("elsewhere")
+            if event["event"] in _TOLD and (event["rank"] == 0 or own_trouble):
                 if event["event"] == "resume":
                     self._told_iteration = int(event["iteration"])
                     self._losses.forget()

@@ -119,7 +119,7 @@ class EventLog:
                 self._pen.write(encode_line(entry))
             except ValueError as error:
                 self._failed(error)
-        if self._rank == 0 or event in ANYONE_MAY_SAY:
+        if self._rank == 0 or (event in ANYONE_MAY_SAY and not fields.get("elsewhere")):
             sentence = phrase(entry)
             if sentence:
                 self._say(sentence if self._rank == 0 else f"rank {self._rank}: {sentence}")

@@ -171,10 +171,12 @@ def test_rank_0_speaks_for_all_and_others_only_of_their_own_troubles(tmp_path: P
     for events in (zero, two):
         events.emit("finished", iteration=60)
         events.emit("save_failed", iteration=20, tier="local", error="disk full")
+        events.emit("save_failed", iteration=30, tier="local", error="it failed on another rank", elsewhere=True)
         events.emit("step", iteration=60)
     assert said == [
         "finished at iteration 60",
         "the save of iteration 20 failed: disk full; training goes on",
+        "the save of iteration 30 failed: it failed on another rank; training goes on",
         "rank 2: the save of iteration 20 failed: disk full; training goes on",
     ]
 
