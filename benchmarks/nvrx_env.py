@@ -6,17 +6,19 @@ both sides of the comparison run the same torch and nothing large is fetched.
 
 from __future__ import annotations
 
+import fcntl
 import site
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from benchmarks.crew import REPOSITORY
 
-__all__ = ["NVRX", "nvrx_python"]
+__all__ = ["NVRX", "made_by_one", "nvrx_python"]
 
 NVRX: Final = "nvidia-resiliency-ext==0.4.1"
 _INSTALL_LIMIT_S: Final = 600
@@ -28,6 +30,19 @@ def nvrx_python(home: Path = REPOSITORY / ".venv-nvrx", beside: Sequence[str] = 
 
     `beside`: what else is to be installed with it, each as name==version.
     """
+    with made_by_one(home):
+        return _made(home, beside)
+
+
+@contextmanager
+def made_by_one(home: Path) -> Iterator[None]:
+    """While an environment is made, or looked at: tests that need the same one run in several processes."""
+    with home.with_name(f"{home.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # which goes with the file, however this ends
+        yield
+
+
+def _made(home: Path, beside: Sequence[str]) -> tuple[str, str]:
     python = home / "bin" / "python"
     probe = "; ".join([_PROBE, *(f"import {each.partition('==')[0]}" for each in beside)])
     if python.exists() and not _problem([str(python), "-c", probe]):

@@ -15,6 +15,8 @@ from typing import Final
 
 import pytest
 
+from benchmarks.nvrx_env import made_by_one
+
 __all__ = ["OTHER_VERSIONS", "VERSION", "megatron_python", "needed_python"]
 
 VERSION: Final = "0.16.1"
@@ -29,6 +31,11 @@ _LIMIT_S: Final = 600
 
 def megatron_python(home: Path, version: str = VERSION) -> tuple[str, str]:
     """`(interpreter, "")`, made and filled if need be; `("", reason)` if it cannot be had."""
+    with made_by_one(home):
+        return _made(home, version)
+
+
+def _made(home: Path, version: str) -> tuple[str, str]:
     python, packages = home / "bin" / "python", [f"megatron-core=={version}", _BESIDE]
     probe = f"import torch, psutil, importlib.metadata as m; assert m.version('megatron-core') == '{version}'"
     if python.exists() and not _problem([str(python), "-c", probe]):
