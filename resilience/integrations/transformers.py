@@ -147,8 +147,13 @@ class Protection(_Callback):
             extra_state={**self._extra, "transformers": _Progress(self)}, checkpoint=self._checkpoint,
             resiliency=self._resiliency,
         )  # fmt: skip
-        if resilient.resumed_from is not None:
+        if self._from is not None:
             self._generators = rng.capture(self._devices())
+        elif resilient.iteration:
+            raise ConfigError(
+                f"iteration {resilient.iteration} was resumed from a save that says nothing of a Trainer's place.",
+                advice="To begin with the weights of another program, name it as pretrained_checkpoint.",
+            )
         self._steps = resilient.iterations(sys.maxsize)
         return made
 

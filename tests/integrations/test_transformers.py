@@ -320,6 +320,34 @@ def test_a_trainer_that_would_train_otherwise_than_without_protection_is_refused
         assert what in sentence
 
 
+def begin_from_others(rank: int, root: str) -> list[Any]:
+    """With another program's checkpoint: as what is to go on, and as weights to begin with."""
+    from resilience.integrations.transformers import protect
+    from tests.formats.foreign import by_parameter
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    by_parameter(Path(root, "theirs"), Net())
+    found: list[Any] = []
+    for source in ("load", "pretrained_checkpoint"):
+        trainer, told = make(Job(root, options=(("max_steps", 2), ("eval_strategy", "no"))), rank)
+        given = {source: f"{root}/theirs", "dist_ckpt_strictness": "log_all", "save": f"{root}/{source}"}
+        limits = ResiliencyConfig(run_id=source, memory_dir=f"{root}/mem")
+        protect(trainer, checkpoint=CheckpointConfig(**given), resiliency=limits)
+        try:
+            trainer.train()
+            found.append([each[0] for each in told])
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def test_another_programs_checkpoint_is_weights_to_begin_with_and_no_place_to_go_on_from(tmp_path: Path) -> None:
+    ((refused, trained),) = values(run_ranks(1, begin_from_others, str(tmp_path), distributed=False))
+    assert "iteration 7 was resumed from a save that says nothing of a Trainer's place" in refused
+    assert trained == [0, 1]
+
+
 def resume_from_theirs(rank: int, root: str) -> str:
     from resilience.integrations.transformers import protect
 
