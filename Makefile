@@ -19,7 +19,7 @@ help:
 	@echo "make demo       train on 4 virtual nodes, lose one for good, recover, compare bit for bit"
 	@echo "make test       the test suite, without the tests that take minutes"
 	@echo "make test-full  the tests that take minutes     make test-slurm  job scripts on a real Slurm cluster on this host"
-	@echo "make test-exhaustive  every fault at every system call, and 50,000 hostile inputs: an hour"
+	@echo "make test-exhaustive  every fault at every system call, and 50,000 hostile inputs: hours"
 	@echo "make fuzz       histories of a simulated cluster, for SECONDS=60 from SEED=0"
 	@echo "make check      ruff, mypy and the quick tests        make format     let ruff rewrite"
 	@echo "make bench      figures against memcpy, torch.save, DCP, gloo, NVRx"
@@ -55,7 +55,7 @@ test: $(VENV)/.test
 test-full: $(VENV)/.test
 	$(PYTEST) -m "long and not slurm and not exhaustive" $(PYTEST_ARGS)
 
-# Every fault at every call, and more than 50,000 hostile inputs: an hour on two cores.
+# Every fault at every call, and more than 50,000 hostile inputs: some three hours on two cores.
 test-exhaustive: $(VENV)/.test
 	$(PYTEST) -m exhaustive $(PYTEST_ARGS)
 
