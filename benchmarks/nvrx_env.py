@@ -30,8 +30,11 @@ def nvrx_python(home: Path = REPOSITORY / ".venv-nvrx", beside: Sequence[str] = 
 
     `beside`: what else is to be installed with it, each as name==version.
     """
-    with made_by_one(home):
-        return _made(home, beside)
+    try:
+        with made_by_one(home):
+            return _made(home, beside)
+    except OSError as error:
+        return "", f"{home} could not be made: {error}"
 
 
 @contextmanager
@@ -47,11 +50,8 @@ def _made(home: Path, beside: Sequence[str]) -> tuple[str, str]:
     probe = "; ".join([_PROBE, *(f"import {each.partition('==')[0]}" for each in beside)])
     if python.exists() and not _problem([str(python), "-c", probe]):
         return str(python), ""
-    try:
-        venv.create(home, clear=True, with_pip=False)
-        _borrow_torch(home)
-    except OSError as error:
-        return "", f"{home} could not be made: {error}"
+    venv.create(home, clear=True, with_pip=False)
+    _borrow_torch(home)
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", NVRX, *beside]
     problem = _problem(pip) or _problem([str(python), "-c", probe])
     return ("", f"{NVRX} could not be installed: {problem}") if problem else (str(python), "")

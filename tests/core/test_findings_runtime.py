@@ -28,6 +28,7 @@ from resilience.restore_shared import SharedLoader
 from resilience.restore_staging import Peers, Stager
 from resilience.runtime.bounded_calls import BoundedCalls
 from resilience.runtime.clock import SystemClock
+from resilience.runtime.launcher_reports import LauncherReports, Unheard
 from resilience.runtime.threads import SYSTEM_THREADS
 from resilience.runtime.watchdog import Watchdog
 from resilience.stores.filesystem import PosixFileSystem
@@ -108,6 +109,7 @@ def trainer_with(watchdog: Any) -> tuple[ResilientTrainer, list[str]]:
     trainer._finished = False
     trainer._has_loader = False
     trainer._rehearsal = None
+    trainer._reports = LauncherReports(Unheard(), SystemClock(), lambda *_, **__: None)
     trainer._controller = SimpleNamespace(  # type: ignore[assignment]
         tell=lambda *_, **__: None,
         tell_exception=lambda _: None,

@@ -31,8 +31,11 @@ _LIMIT_S: Final = 600
 
 def megatron_python(home: Path, version: str = VERSION) -> tuple[str, str]:
     """`(interpreter, "")`, made and filled if need be; `("", reason)` if it cannot be had."""
-    with made_by_one(home):
-        return _made(home, version)
+    try:
+        with made_by_one(home):
+            return _made(home, version)
+    except OSError as error:
+        return "", f"{home} could not be made: {error}"
 
 
 def _made(home: Path, version: str) -> tuple[str, str]:
@@ -40,12 +43,9 @@ def _made(home: Path, version: str) -> tuple[str, str]:
     probe = f"import torch, psutil, importlib.metadata as m; assert m.version('megatron-core') == '{version}'"
     if python.exists() and not _problem([str(python), "-c", probe]):
         return str(python), ""
-    try:
-        venv.create(home, clear=True, with_pip=False)
-        inside = next(home.glob("lib/python*/site-packages"))
-        (inside / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    except OSError as error:
-        return "", f"{home} could not be made: {error}"
+    venv.create(home, clear=True, with_pip=False)
+    inside = next(home.glob("lib/python*/site-packages"))
+    (inside / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     # Newer versions ask for a newer Python than ours may be; what is used of them runs on both.
     problem = _problem([*install, "--ignore-requires-python", *packages]) or _problem([str(python), "-c", probe])
