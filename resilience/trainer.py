@@ -22,6 +22,7 @@ from resilience.errors import ConfigError, SaveFailedError, StoppedExit
 from resilience.reports import Resume
 from resilience.runtime.launcher_reports import Channel, LauncherReports, Unheard
 from resilience.runtime.slurm import stop_time
+from resilience.runtime.stuck import StuckWatch
 from resilience.runtime.watchdog import Watchdog
 from resilience.state.digest import state_digest
 from resilience.state.parallel_layout import ParallelLayout
@@ -73,7 +74,8 @@ class ResilientTrainer:
         try:
             self._reports = self._make_reports()
             self._controller.before_save = self._reports.saving
-            self._controller.restore()
+            with StuckWatch(self._controller.resiliency.exchange_timeout_s, self._controller.tell):
+                self._controller.restore()
         except BaseException:
             self.close(failed=True)
             raise

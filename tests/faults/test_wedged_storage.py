@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from resilience import restore
 from resilience.observe import events, pen
 from resilience.observe.events import EventLog, scan_events
 from resilience.runtime.clock import SystemClock
+from resilience.stores.filesystem import PosixFileSystem
 from tests.core.training import RUN, Act, Training, World, reference
 from tests.faults.edge import Edge
 from tests.ranks import values
@@ -135,6 +137,32 @@ def test_a_start_whose_directory_of_saves_does_not_answer_ends_in_words_on_every
         assert "save does not answer" in outcome.message, outcome.message
         assert "raise exchange_timeout_s" in outcome.message
     assert values(world.run(world.plan("a", "b", seed=2, **options, resiliency={"run_id": run_id})))[0].iteration == 12
+
+
+def stuck_while_it_reads(training: Training) -> None:
+    """The files of tensors are there, and reading them does not come back: on rank 1 alone."""
+    opened = PosixFileSystem.open_mapping
+
+    def stuck(self: PosixFileSystem, path: Path, **options: Any) -> Any:
+        if path.suffix == ".distcp" and training.rank == 1:
+            threading.Event().wait()
+        return opened(self, path, **options)
+
+    PosixFileSystem.open_mapping = stuck  # type: ignore[method-assign] # of this process, which is about to end
+
+
+def test_a_rank_that_is_stuck_while_it_reads_a_checkpoint_is_ended_and_the_others_hear_of_it(world: World) -> None:
+    plan = world.plan("a", "b", kind=None, save=True, steps=6, checkpoint={"save_interval": 3})
+    values(world.run(plan))
+    quick = {"exchange_timeout_s": 1.0}
+    began = time.monotonic()
+    reads, is_stuck = world.run(replace(plan, make=stuck_while_it_reads, resiliency=quick))
+    assert time.monotonic() - began < 90
+    assert is_stuck.status == 1
+    assert is_stuck.value is None
+    assert reads.error == "PeerLostError", reads.message
+    (hang,) = world.events("hang")
+    assert (hang["rank"], hang["seconds"] >= 12) == (1, True)
 
 
 # -- the event log ---------------------------------------------------------------------------------------------------
