@@ -21,7 +21,7 @@ import torch
 from resilience.errors import UnsupportedStateError
 from resilience.stores.shard_file import ITEM_BYTES, layout_id
 
-__all__ = ["VALUES_KEY", "Layout", "Piece", "PlacedPiece", "ShardIdentity", "plan_layout"]
+__all__ = ["VALUES_KEY", "Layout", "Piece", "PlacedPiece", "ShardIdentity", "plan_layout", "values_capacity"]
 
 VALUES_KEY: Final = "resilience.values"
 _PAGE = 4096
@@ -129,8 +129,7 @@ def plan_layout(pieces: Sequence[Piece], aliases: Mapping[str, str], values_byte
         if _dtype_name(piece.dtype) not in ITEM_BYTES:
             raise UnsupportedStateError(f"{piece.key} is a tensor of {piece.dtype}, which cannot be stored yet.")
     ordered = sorted(pieces, key=lambda piece: (-piece.dtype.itemsize, piece.item, piece.row_start))
-    # values change length with every save (counters grow): room for twice as much before a new plan is needed
-    capacity = -(-max(2 * values_bytes, 1) // _VALUES_STEP) * _VALUES_STEP
+    capacity = values_capacity(values_bytes)
     entries: dict[str, Any] = {}
     starts: list[int] = []
     position = 0
@@ -155,6 +154,11 @@ def plan_layout(pieces: Sequence[Piece], aliases: Mapping[str, str], values_byte
     return Layout(
         placed, data_start + position, capacity, data_start, nbytes, static, layout_id(index, data_start, nbytes)
     )  # fmt: skip
+
+
+def values_capacity(values_bytes: int) -> int:
+    """Room for the plain values, which change length with every save (counters grow): for twice as much."""
+    return -(-max(2 * values_bytes, 1) // _VALUES_STEP) * _VALUES_STEP
 
 
 def _head(identity: str) -> str:

@@ -47,6 +47,7 @@ class FileStat:
     uid: int
     inode: int
     open_to_others: bool = False  # a directory in which somebody else may rename and remove what is ours
+    device: int = 0
 
 
 class Lock(Protocol):
@@ -136,6 +137,7 @@ class PosixFileSystem:
             found.st_uid,
             found.st_ino,
             open_to_others=bool(found.st_mode & 0o022) and not found.st_mode & stat.S_ISVTX,
+            device=found.st_dev,
         )
 
     def read(self, path: Path, limit: int = _RECORD_LIMIT) -> bytes:
@@ -307,6 +309,14 @@ class PosixFileSystem:
                 again(os.fsync, fd)
             finally:
                 close_quietly(fd)
+        except OSError as error:
+            raise _store_error("cannot make durable", path, error) from error
+
+    def fsync_file(self, path: Path) -> None:
+        """What was written to the file, through mappings too, is on the disk afterwards."""
+        try:
+            with self._open(path, os.O_RDWR) as (fd, _):
+                again(os.fsync, fd)
         except OSError as error:
             raise _store_error("cannot make durable", path, error) from error
 
