@@ -1,8 +1,8 @@
 """What ranks do with local checkpoints, by one interface that two packages implement: NVRx, and ours in its place.
 
-    python -m tests.integrations.local_checkpoints nvrx|ours CASE RANKS DIRECTORY
+    python -m tests.integrations.local_checkpoints nvrx|ours DIRECTORY CASE…
 
-runs a case in an interpreter that has NVRx, and prints what each rank returned, as JSON. Each case takes the names of
+runs cases in an interpreter that has NVRx, and prints what each rank returned, as JSON. Each case takes the names of
 the implementation, so that it cannot know more than a user of them.
 """
 
@@ -263,4 +263,5 @@ def run_case(name: str, which: str, ranks: int, root: Path) -> list[Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_case(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))))
+    package, place, *asked = sys.argv[1:]
+    print(json.dumps({which: run_case(package, which, 2, Path(place) / which) for which in asked}))

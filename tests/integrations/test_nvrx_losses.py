@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from resilience.integrations.nvrx import (
     CliqueReplicationStrategy,
+    LazyCliqueReplicationStrategy,
     LocalCheckpointError,
     LocalCheckpointManager,
     parse_group_sequence,
@@ -344,6 +345,24 @@ def expected_of(rank: int, iteration: int) -> list[float]:
 
 def test_files_of_removed_checkpoints_are_written_again_and_go_with_the_process(tmp_path: Path) -> None:
     assert values(run_ranks(2, _cheap, str(tmp_path))) == [(True, 42, True, False)] * 2
+
+
+def _begins_again(rank: int, root: str) -> Any:
+    """As after a restart within the process: torch.distributed anew, and the ranks are others."""
+    manager = Manager(Path(root) / f"node{rank}", "run", LazyCliqueReplicationStrategy(1, 2), timeout_s=5.0)
+    manager.save(state_of(rank, 5), 5)
+    began = time.monotonic()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", rank=1 - rank, world_size=2, init_method=f"file://{root}/again")
+    found = manager.find_latest()
+    good = said(manager.load()[0]) == expected(1 - rank, 5)
+    manager.save(state_of(1 - rank, 6), 6)
+    return found, good, manager.find_latest(), manager.rank, time.monotonic() - began < 60.0
+
+
+def test_a_manager_goes_on_where_torch_distributed_begins_again_with_other_ranks(tmp_path: Path) -> None:
+    outcomes = values(run_ranks(2, _begins_again, str(tmp_path)))
+    assert outcomes == [(5, True, 6, 1 - rank, True) for rank in range(2)]
 
 
 def _alone(rank: int, root: str) -> Any:

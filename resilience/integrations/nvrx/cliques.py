@@ -114,15 +114,16 @@ class LazyCliqueReplicationStrategy:
     def __init__(self, replication_jump: int | None = None, replication_factor: int = 2) -> None:
         self.replication_jump = replication_jump
         self.replication_factor = replication_factor
-        self._built: CliqueReplicationStrategy | None = None
+        self._built: tuple[tuple[int, int], CliqueReplicationStrategy] | None = None
 
     @property
     def replication_strategy(self) -> CliqueReplicationStrategy:
-        if self._built is None:
-            self._built = CliqueReplicationStrategy.from_replication_params(
-                self.replication_jump, self.replication_factor
-            )
-        return self._built
+        """Of the world as it is now: after a restart within the process ranks may be others."""
+        world = dist.get_rank(), dist.get_world_size()
+        if self._built is None or self._built[0] != world:
+            made = CliqueReplicationStrategy.from_replication_params(self.replication_jump, self.replication_factor)
+            self._built = world, made
+        return self._built[1]
 
 
 def members_of(strategy: Any, rank: int) -> tuple[int, ...]:

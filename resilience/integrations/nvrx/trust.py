@@ -1,14 +1,14 @@
 """Which classes a local checkpoint may name: what is read back is a pickle, and a pickle can name anything.
 
 A state of Megatron's is opaque to us, so it is pickled as a whole, without its tensors; this is the one place of the
-package where a pickle is loaded as it is. Its bytes have matched their digest before. A name in it is looked up among
-what this process has imported already (nothing is imported for it) and is admitted if it is
+package where a pickle is loaded as it is. Its bytes have matched their digest before. A name in it is admitted if it is
 
 - of Python's or torch's plain values (the list below), or an enumeration's member,
 - a `TensorAwareStateDict`, or one of Megatron Core's descriptions of shards,
 - or one of the caller's `trusted_classes`.
 
-The same rule is applied when a state is saved, so that what could not be loaded is refused before it is counted on.
+Nothing is imported for a name that is on neither list: it has to be there already. The same rule is applied when a
+state is saved, so that what could not be loaded is refused before it is counted on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -95,7 +96,8 @@ class Trust:
 
     def find(self, module: str, name: str) -> Any:
         """What is named so; UnsupportedStateError if it is not to be trusted, or not imported."""
-        found: Any = sys.modules.get(module)
+        listed = f"{module}.{name}" in self._names
+        found: Any = _imported(module) if listed else sys.modules.get(module)
         for part in name.split("."):
             found = getattr(found, part, None)
         if found is None:
@@ -103,12 +105,19 @@ class Trust:
                 f"the state has a {module}.{name}, which this process has not imported.",
                 advice=f"Import {module} before the checkpoint is loaded.",
             )
-        if f"{module}.{name}" in self._names or isinstance(found, torch.dtype) or _is_admitted_kind(found):
+        if listed or isinstance(found, torch.dtype) or _is_admitted_kind(found):
             return found
         raise UnsupportedStateError(
             f"the state has a {module}.{name}, which is not trusted to be loaded.",
             advice=f'Pass trusted_classes=["{module}.{name}"] to LocalCheckpointManager if it is yours.',
         )
+
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
 
 
 def _is_admitted_kind(found: Any) -> bool:
