@@ -136,7 +136,19 @@ def save_figures(found: Samples) -> list[Figure]:
                 "nvrx_committed", "times sooner committed on both nodes than", committed, "NVRx, 2-fold", nvrx, 5.0
             ),
             _faster("nvrx_async_stall", _SHORTER, stall, "NVRx async, 2-fold, stall", found["nvrx_async.stall"]),
-        ]
+            _faster(
+                "drop_in_local", "ours by NVRx's interface, times sooner saved than", found["drop_in_local"],
+                "NVRx local", found["nvrx_local"],
+            ),
+            _faster(
+                "drop_in_replicated", "the same with copies on both nodes", found["drop_in_replicated"],
+                "NVRx, 2-fold", nvrx,
+            ),
+            _faster(
+                "drop_in_stall", "the same, asynchronous: times shorter stall than", found["drop_in_async.stall"],
+                "NVRx async, 2-fold, stall", found["nvrx_async.stall"],
+            ),
+        ]  # fmt: skip
     return figures
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from nvidia_resiliency_ext.checkpointing.local.replication.strategies import Cli
 
 from benchmarks.rank import Place, timed
 from benchmarks.state import Weights, adam_for, half_of
+from resilience.integrations import nvrx as ours
 
 __all__ = ["make"]
 
@@ -56,38 +58,45 @@ class CpuStateDict(TensorAwareStateDict):  # type: ignore[misc]  # NVRx has no t
 
 
 class _NvrxBench:
+    """NVRx's manager, and ours in its place, of the same states in the same processes."""
+
     def __init__(self, place: Place) -> None:
         model = Weights(place.settings)
         self._half = half_of(model, adam_for(model), place.rank)
-        strategy = CliqueReplicationStrategy.from_replication_params(1, 2)
-        self._alone = LocalCheckpointManager(place.node_directory / "nvrx", "alone")
-        self._cliqued = LocalCheckpointManager(place.node_directory / "nvrx", "cliqued", strategy)
+        theirs, here = CliqueReplicationStrategy.from_replication_params(1, 2), place.node_directory
+        self._managers = {
+            "nvrx_local": LocalCheckpointManager(here / "nvrx", "alone"),
+            "nvrx_replicated": LocalCheckpointManager(here / "nvrx", "cliqued", theirs),
+            "drop_in_local": ours.LocalCheckpointManager(here / "ours", "alone"),
+            "drop_in_replicated": ours.LocalCheckpointManager(here / "ours", "cliqued", theirs),
+        }
         self._iteration = 0
         torch.cuda.synchronize = lambda *_: None
 
     def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
         return {
-            "nvrx_local": lambda: self._save(self._alone),
-            "nvrx_replicated": lambda: self._save(self._cliqued),
-            "nvrx_async": self._save_async,
+            **{name: partial(self._save, manager) for name, manager in self._managers.items()},
+            "nvrx_async": partial(self._save_async, self._managers["nvrx_replicated"]),
+            "drop_in_async": partial(self._save_async, self._managers["drop_in_replicated"]),
         }
 
     def _save(self, manager: Any) -> dict[str, Any]:
         self._iteration += 1
         return {"seconds": timed(lambda: manager.save(CpuStateDict(self._half), self._iteration))}
 
-    def _save_async(self) -> dict[str, Any]:
-        """The wait of a replicated save that is to be written in the background; written at once afterwards."""
+    def _save_async(self, manager: Any) -> dict[str, Any]:
+        """The wait of a replicated save that is to be written in the background; waited for afterwards."""
         self._iteration += 1
         requests: list[Any] = []
-        stall_s = timed(lambda: requests.append(self._cliqued.save(CpuStateDict(self._half), self._iteration, True)))
+        stall_s = timed(lambda: requests.append(manager.save(CpuStateDict(self._half), self._iteration, True)))
         requests[0].execute_sync()
-        time.sleep(0.1)  # its removal of the previous save runs in a thread that nobody waits for
+        time.sleep(0.1)  # NVRx's removal of the previous save runs in a thread that nobody waits for
         dist.barrier()
         return {"stall": stall_s}
 
     def close(self) -> None:
-        """Nothing of it lives on."""
+        for manager in self._managers.values():
+            getattr(manager, "close", bool)()
 
 
 def make(place: Place) -> _NvrxBench:

@@ -34,7 +34,9 @@ _SAVES: Final = (
     "memcpy", "ours_local", "torch_save", "ours_replicated", "gloo", "hash", "dcp_save", "ours_device_bound",
     "dcp_async", "ours_in_flight",
 )  # fmt: skip
-_NVRX: Final = ("nvrx_local", "nvrx_replicated", "nvrx_async")
+_NVRX: Final = (
+    "nvrx_local", "drop_in_local", "nvrx_replicated", "drop_in_replicated", "nvrx_async", "drop_in_async",
+)  # fmt: skip
 
 
 def measure_saves(settings: Settings, directory: Path, say: Say, *, with_nvrx: bool) -> dict[str, Series]:

@@ -224,6 +224,7 @@ def _crashes(rank: int, root: str) -> Any:
     manager.close()
     here = Path(manager.local_ckpt_dir)
     shutil.copy(shard(place, rank, 4, rank), here / f"iter_0000005_{rank}_local.pt")
+    shutil.copy(shard(place, rank, 4, rank), here / f"iter_0000003_{rank}_local.pt")
     (here / f"iter_0000005_{rank}_local.dirty.pt").write_bytes(b"NVRx's own")
     (here / f"iter_0000006_{rank}_local.ab12.dirty.pt").write_bytes(b"ours")
     spare = place / f"node{rank}" / "run" / ".spare" / str(rank)
@@ -234,6 +235,7 @@ def _crashes(rank: int, root: str) -> Any:
     found = restarted.find_latest()
     swept = not spare.exists() and not list(here.glob("*dirty*"))
     restarted.save(state_of(rank, 5), 5)
+    assert not (here / f"iter_0000003_{rank}_local.pt").exists()  # it never counted
     return found, swept, restarted.find_latest(), said(restarted.load()[0]) == expected(rank, 5)
 
 
