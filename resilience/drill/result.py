@@ -137,17 +137,17 @@ def recoveries(records: Sequence[StrikeRecord], events: Sequence[Event]) -> list
 
 
 def _recovery(record: StrikeRecord, spec: str, after: Sequence[Event]) -> FaultResult:
-    resumes = [event for event in after if event["event"] == "resume"]
+    restarts = record.strike.restarts  # a disk that is full ends nothing: a later resume is not its doing
+    resumes = [event for event in after if event["event"] == "resume" and restarts]
     attempt = resumes[0].get("attempt") if resumes else None
     resumes = [event for event in resumes if event.get("attempt") == attempt]
     first_steps = [e["t"] for e in after if e["event"] == "step" and e["t"] > record.gone_t]
-    back = bool(resumes) or any(event["event"] == "fresh" for event in after)
+    back = bool(resumes) or (restarts and any(event["event"] == "fresh" for event in after))
     decision = {key: resumes[0].get(key) for key in ("iteration", "generation", "tier")} if resumes else None
 
     def total(name: str) -> int:
         return max((int(event.get(name) or 0) for event in resumes), default=0)  # every rank tells the job's total
 
-    restarts = record.strike.restarts
     seconds = [float(event["seconds"]) for event in resumes if event.get("seconds") is not None]
     base = int(decision["iteration"] or 0) if decision else 0
     return FaultResult(

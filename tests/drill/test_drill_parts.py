@@ -335,6 +335,12 @@ def test_a_recovery_is_summed_up_over_its_ranks() -> None:
     assert fault.predicted is False
 
 
+def test_a_fault_that_ends_nothing_is_not_what_a_later_resume_came_back_from() -> None:
+    scenario = Scenario(nodes=2, train_iters=10, faults=(parse_fault("full:node=1@7"),))
+    (fault,) = recoveries([StrikeRecord(scenario.strikes[0], 7.5, 7.5, 7, False, None)], two_attempts())
+    assert (fault.resumed_from, fault.predicted, fault.own_copies, fault.lost_iterations) == (None, None, 0, 0)
+
+
 def test_work_that_was_lost_or_waited_for_is_no_goodput() -> None:
     # 10 iterations of 1 s, one of them waited 0.5 s for a save that the first attempt took, in 20 s.
     assert goodput_of(two_attempts()) == pytest.approx((10 - 0.5) / 20)
