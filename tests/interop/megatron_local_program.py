@@ -133,7 +133,7 @@ class _Loop:
     def _save(self, iteration: int) -> None:
         from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
 
-        described = self._described(loading=False) | {"iteration": iteration, "args": argparse.Namespace(seed=1)}
+        described = self._described(loading=False) | {"iteration": iteration, "args": _arguments()}
         state, _ = MCoreTensorAwareStateDict.from_state_dict(
             described, algo=self.options.algo, parallelization_group=dist.group.WORLD
         )
@@ -157,6 +157,7 @@ class _Loop:
         state, _ = self.manager.load()
         described = self._described(loading=True)
         loaded = state.to_state_dict(described, algo=self.options.algo, parallelization_group=dist.group.WORLD)
+        assert loaded["args"] == _arguments()
         self.job.inner.load_state_dict(loaded["model"])
         for each in self.job.divided:
             _keep_the_step(each)
@@ -179,6 +180,17 @@ class _Loop:
 
     def _files(self) -> list[str]:
         return sorted(path.name for path in Path(self.manager.local_ckpt_dir).iterdir())
+
+
+def _arguments() -> argparse.Namespace:
+    """What Megatron keeps beside tensors is of such kinds."""
+    from megatron.core.rerun_state_machine import Call, Caller, RerunMode
+    from megatron.core.transformer.enums import AttnBackend
+
+    call = Call(Caller("loss", 3), 1)
+    return argparse.Namespace(
+        seed=1, params_dtype=torch.bfloat16, attention_backend=AttnBackend.auto, mode=RerunMode.DISABLED, call=call
+    )
 
 
 def _count_on(adam: torch.optim.Optimizer) -> None:

@@ -66,6 +66,8 @@ _PLAIN: Final = frozenset(
         "megatron.core.dist_checkpointing.mapping.LocalNonpersistentObject",
         "megatron.core.dist_checkpointing.mapping.ShardedObject",
         "megatron.core.dist_checkpointing.mapping.ShardedTensor",
+        "megatron.core.rerun_state_machine.Call",
+        "megatron.core.rerun_state_machine.Caller",
         "megatron.core.dist_checkpointing.tensor_aware_state_dict.MCoreTensorAwareStateDict",
     }
 )
