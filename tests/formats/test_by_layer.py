@@ -21,8 +21,9 @@ from resilience.formats.stacks import Stacks, under_stored_keys
 from resilience.state.megatron_model import unique_name
 from resilience.state.stored_place import StackPlace, StoredPlace, StoredPlaces
 from resilience.stores.filesystem import PosixFileSystem
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 from tests.formats.jobs import Job
-from tests.formats.worlds import ThreadAgreements, meta, on_all_ranks, save, whole
+from tests.formats.worlds import meta, save, whole
 
 FS = PosixFileSystem()
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -17,8 +17,9 @@ from resilience.errors import SaveFailedError
 from resilience.formats.protocol import CheckpointFormat, Chunk, RankShare
 from resilience.formats.registry import checkpoint_format, open_checkpoint
 from resilience.stores.filesystem import PosixFileSystem
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 from tests.formats.jobs import Job, equal
-from tests.formats.worlds import ThreadAgreements, meta, on_all_ranks, rows, whole
+from tests.formats.worlds import meta, rows, whole
 
 FS = PosixFileSystem()
 RANKS = 3

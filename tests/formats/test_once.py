@@ -6,7 +6,7 @@ import torch
 
 from resilience.formats.once import once
 from resilience.formats.protocol import Chunk
-from tests.formats.worlds import ThreadAgreements, on_all_ranks
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 
 KEY = "optimizer/0/state/w/exp_avg"
 

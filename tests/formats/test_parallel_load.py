@@ -14,7 +14,7 @@ import resilience.formats.parallel_load as parallel_load
 from resilience.errors import CorruptCopyError
 from resilience.formats.parallel_load import PeerFailedError, Region, deal, read_together
 from resilience.formats.protocol import Target
-from tests.formats.worlds import ThreadAgreements, on_all_ranks
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 
 REGIONS = st.builds(
     lambda key, start, rows, dtype: Region(key, (start, 0), (rows, 3), dtype),

@@ -13,7 +13,7 @@ from resilience.errors import CorruptCopyError, LayoutMismatchError, ResilienceE
 from resilience.reports import Resume
 from resilience.restore import Restorer
 from resilience.restore_staging import Peers, Stager
-from tests.formats.worlds import ThreadAgreements, on_all_ranks
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 
 
 @pytest.mark.parametrize("mode", ["assume_ok_unexpected", "raise_all"])

@@ -24,7 +24,8 @@ from resilience.formats.protocol import Chunk, RankShare, Target
 from resilience.formats.registry import checkpoint_format, open_checkpoint
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.trackers import step_of
-from tests.formats.worlds import ATTEMPT, RUN, arena_of, meta, on_all_ranks, rows, save, whole
+from resilience.testing.ranks import on_all_ranks
+from tests.formats.worlds import ATTEMPT, RUN, arena_of, meta, rows, save, whole
 
 FS = PosixFileSystem()
 EMBEDDING = torch.arange(40, dtype=torch.float32).view(10, 4)

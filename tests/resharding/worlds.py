@@ -35,7 +35,8 @@ from resilience.stores.digest import SEGMENT_BYTES, segment_digests
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.shard_file import read_header
 from resilience.stores.shared_records import FolderRecord
-from tests.formats.worlds import ATTEMPT, RUN, ThreadAgreements, meta, on_all_ranks
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
+from tests.formats.worlds import ATTEMPT, RUN, meta
 
 __all__ = ["Holder", "load", "place", "read_from", "save"]
 

@@ -200,7 +200,7 @@ class SimFileSystem:
         inode = self._file("map", path)
         if not inode.content:
             raise CorruptCopyError(f"{path} is empty.")
-        return _SimMappedFile(path, inode)
+        return _SimMappedFile(path, inode if writable else Inode(bytearray(inode.content)))
 
     # -- what kind of place it is -------------------------------------------------------------------------------------
 

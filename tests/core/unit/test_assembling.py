@@ -10,7 +10,7 @@ from resilience.errors import DivergedRanksError, StoreError
 from resilience.replication import assembling
 from resilience.replication.assembling import share
 from resilience.replication.communicator import PeerFailedError
-from tests.formats.worlds import ThreadAgreements, on_all_ranks
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 
 
 @settings(max_examples=30, deadline=None)

@@ -37,9 +37,9 @@ from resilience.stores.records import (
     seal_json,
     unseal_json,
 )
+from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 from tests.core.fakes import SEND_TAGS, CountingInbox, FakeLinks, Wire
 from tests.core.shards import ATTEMPT, FS, SAVE, record_of
-from tests.formats.worlds import ThreadAgreements, on_all_ranks
 
 SECRET = "correct horse battery staple"
 KEY, OTHER = Key(SECRET.encode()), Key(b"another secret of the right length")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from resilience.snapshot.copying import Copying
 from resilience.snapshot.equality import RotatingShare, Sample, agree_shared
 from resilience.state.items import Item
+from resilience.testing.ranks import on_all_ranks
 from tests.core.shards import item, random_bytes
-from tests.formats.worlds import on_all_ranks
 
 
 def agreed(per_rank: list[list[Any]]) -> list[tuple[set[str], set[str]]]:

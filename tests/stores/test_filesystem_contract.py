@@ -1,0 +1,33 @@
+"""The contract that is published for file systems, kept by the real disk, by memory, and by the simulator's disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from resilience.drill.simulator.disk import SimFileSystem
+from resilience.drill.simulator.schedule import Process, Scheduler
+from resilience.drill.simulator.storage import Mount
+from resilience.stores.filesystem import FileSystem, PosixFileSystem
+from resilience.testing import FileSystemContract
+
+Act = Callable[[FileSystem, Path], None]
+
+
+class TestDisk(FileSystemContract):
+    def on_disk(self, directory: Path, act: Act) -> None:
+        act(PosixFileSystem(), directory)
+
+
+class TestMemory(FileSystemContract):
+    def on_disk(self, directory: Path, act: Act) -> None:
+        with tempfile.TemporaryDirectory(prefix="resilience-test-", dir="/dev/shm") as place:
+            act(PosixFileSystem(), Path(place))
+
+
+class TestSimulatedDisk(FileSystemContract):
+    def on_disk(self, directory: Path, act: Act) -> None:
+        scheduler = Scheduler(0, 0.0)
+        fs = SimFileSystem(scheduler, Process("p"), {"disk": Mount("disk")}, lambda path, inode: None)
+        scheduler.run(lambda: act(fs, Path("/disk")))
