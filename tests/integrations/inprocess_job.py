@@ -1,10 +1,11 @@
-"""A job inside NVRx's in-process restart: rank 1 fails at step 7 of the first attempt, and all ranks begin again.
+"""A job inside NVRx's in-process restart: rank 1 fails, or dies, at step 7, and all that live begin again.
 
 Without postponed annotations: the wrapper looks for its own type in the function's.
 """
 
 import datetime
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ STEPS, FAILS_AT = 12, 7
     soft_timeout=datetime.timedelta(seconds=40),
     hard_timeout=datetime.timedelta(seconds=60),
 )
-def train(root: Path, fails: bool, call_wrapper: inprocess.CallWrapper = None) -> None:  # type: ignore[valid-type]
+def train(root: Path, how: str, call_wrapper: inprocess.CallWrapper = None) -> None:  # type: ignore[valid-type]
     state = call_wrapper.state
     rank, size = state.rank, state.world_size
     store = dist.TCPStore(
@@ -38,7 +39,9 @@ def train(root: Path, fails: bool, call_wrapper: inprocess.CallWrapper = None) -
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     torch.manual_seed(rank)
-    model = nn.Linear(4, 1)
+    model: nn.Module = nn.Linear(4, 1)
+    if how == "die":
+        model = nn.parallel.DistributedDataParallel(model)  # equal on all ranks: one of them has all of it
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     checkpoint = CheckpointConfig(
         non_persistent_ckpt_type="local", non_persistent_save_interval=1, save=str(root / "save"),
@@ -49,7 +52,9 @@ def train(root: Path, fails: bool, call_wrapper: inprocess.CallWrapper = None) -
     )
     with ResilientTrainer(model, optimizer, checkpoint=checkpoint, resiliency=resiliency) as trainer:
         for step in trainer.iterations(STEPS):
-            if fails and call_wrapper.iteration == 0 and step == FAILS_AT and rank == 1:
+            if how != "go-on" and call_wrapper.iteration == 0 and step == FAILS_AT and rank == 1:
+                if how == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError("a fault")
             model(torch.randn(2, 4)).square().mean().backward()
             optimizer.step()
@@ -63,7 +68,7 @@ def train(root: Path, fails: bool, call_wrapper: inprocess.CallWrapper = None) -
 
 
 def begin(arguments: list[str]) -> Any:
-    return train(Path(arguments[0]), arguments[1] == "fail")
+    return train(Path(arguments[0]), arguments[1])
 
 
 if __name__ == "__main__":
