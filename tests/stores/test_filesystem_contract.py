@@ -6,11 +6,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from hypothesis import given, settings
+
 from resilience.drill.simulator.disk import SimFileSystem
 from resilience.drill.simulator.schedule import Process, Scheduler
 from resilience.drill.simulator.storage import Mount
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.testing import FileSystemContract
+from resilience.testing.strategies import FileOperation, file_operations, perform
 
 Act = Callable[[FileSystem, Path], None]
 
@@ -31,3 +34,13 @@ class TestSimulatedDisk(FileSystemContract):
         scheduler = Scheduler(0, 0.0)
         fs = SimFileSystem(scheduler, Process("p"), {"disk": Mount("disk")}, lambda path, inode: None)
         scheduler.run(lambda: act(fs, Path("/disk")))
+
+
+@settings(max_examples=150, deadline=None)
+@given(file_operations())
+def test_the_simulators_disk_answers_as_the_real_one_does(operations: list[FileOperation]) -> None:
+    simulated: list[object] = []
+    with tempfile.TemporaryDirectory(prefix="resilience-test-", dir="/dev/shm") as place:
+        real = perform(PosixFileSystem(), Path(place), operations)
+    TestSimulatedDisk().on_disk(Path(), lambda fs, here: simulated.extend(perform(fs, here, operations)))
+    assert simulated == real

@@ -75,7 +75,13 @@ class SimFileSystem:
         if entry is None:
             _raise(errno.ENOENT, what, source)
         old, new = self._parent(source, what), self._parent(target, what)
+        if isinstance(entry, Directory) and target.is_relative_to(source) and target != source:
+            _raise(errno.EINVAL, what, source)
         there = new.names.get(target.name)
+        if there is entry:
+            return
+        if isinstance(entry, Directory) and isinstance(there, Inode):
+            _raise(errno.ENOTDIR, what, source)
         if isinstance(there, Directory) and (not isinstance(entry, Directory) or there.names):
             _raise(errno.ENOTEMPTY, what, source)
         if new is old:
@@ -93,6 +99,7 @@ class SimFileSystem:
         mount, parts = self._call("unlink", path)
         entry = mount.find(parts)
         if entry is None:
+            self._refuse_below_a_file(mount, parts, path)
             return False
         if isinstance(entry, Directory):
             _raise(errno.EISDIR, "cannot remove", path)
@@ -103,6 +110,10 @@ class SimFileSystem:
     def remove_dir(self, path: Path) -> bool:
         mount, parts = self._call("remove_dir", path)
         entry = mount.find(parts)
+        if entry is None:
+            self._refuse_below_a_file(mount, parts, path)
+        if isinstance(entry, Inode):
+            _raise(errno.ENOTDIR, "cannot remove", path)
         if not isinstance(entry, Directory) or entry.names:
             return False
         self._parent(path, "cannot remove").drop(path.name)
@@ -120,7 +131,9 @@ class SimFileSystem:
                     self.unlink(path / name)
             self.remove_dir(path)
         elif entry is not None:
-            self.unlink(path)
+            _raise(errno.ENOTDIR, "cannot remove", path)
+        else:
+            self._refuse_below_a_file(mount, parts, path)
 
     def fsync_dir(self, path: Path) -> None:
         mount, parts = self._call("fsync_dir", path)
@@ -246,10 +259,16 @@ class SimFileSystem:
         mount, parts = self._call(what, path)
         found = mount.find(parts)
         if found is None:
+            self._refuse_below_a_file(mount, parts, path)
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         if not isinstance(found, Inode):
             raise UnsafePathError(f"{path} is no regular file of ours.", advice="Remove it.")
         return found
+
+    def _refuse_below_a_file(self, mount: Mount, parts: tuple[str, ...], path: Path) -> None:
+        """A path through a file leads nowhere: that is trouble, and not absence."""
+        if any(isinstance(mount.find(parts[:depth]), Inode) for depth in range(1, len(parts))):
+            _raise(errno.ENOTDIR, "cannot look at", path)
 
     def _create(self, path: Path) -> Inode:
         mount, _ = self._call("create", path)
