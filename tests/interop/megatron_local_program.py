@@ -92,7 +92,7 @@ class _Loop:
         """As Megatron's `init_checkpointing_context`, after the one line of ours."""
         from resilience.integrations.megatron import use_local_checkpoints
 
-        use_local_checkpoints(timeout_s=5.0)
+        use_local_checkpoints(timeout_s=30.0)
         from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
         from nvidia_resiliency_ext.checkpointing.local.replication.strategies import CliqueReplicationStrategy
 
