@@ -1,8 +1,9 @@
 """A loop as Megatron's, with the real Megatron Core, its distributed optimizer and its local checkpoints, on CPUs.
 
     python megatron_local_program.py ROOT --steps 8 --every 2 [--dies-at 5] [--algo fully_parallel] [--async-save]
+    python megatron_local_program.py ROOT --ranks 1 --device cuda …     the same on a GPU, with nothing replaced
 
-Two data-parallel ranks, each a node of its own below ROOT. What is done with checkpoints, and in which order, is what
+Data-parallel ranks, each a node of its own below ROOT. What is done with checkpoints, and in which order, is what
 Megatron's training loop does with them; the manager comes through the very imports that it makes. Prints one JSON
 document: of each rank its loss at each step, from which iteration it went on, and a digest of what it ends with.
 """
@@ -31,7 +32,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from tests.interop.megatron_gpt import VOCABULARY  # noqa: E402
 from tests.interop.optimizer_program import _Job, _keep_the_step, _pretend_a_gpu  # noqa: E402
 
-RANKS, LENGTH = 2, 16
+LENGTH = 16
 
 
 def main() -> None:
@@ -42,9 +43,11 @@ def main() -> None:
     parser.add_argument("--dies-at", type=int, default=0)
     parser.add_argument("--algo", default="fully_parallel")
     parser.add_argument("--async-save", action="store_true")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as meeting:
-        ranks = mp.spawn(_rank, args=(options, meeting), nprocs=RANKS, join=False)
+        ranks = mp.spawn(_rank, args=(options, meeting), nprocs=options.ranks, join=False)
         try:
             while not ranks.join():
                 pass
@@ -53,16 +56,19 @@ def main() -> None:
                 raise
             print(json.dumps("died"))
             return
-        print(json.dumps([json.loads((Path(meeting) / f"told-{rank}.json").read_text()) for rank in range(RANKS)]))
+        told = [json.loads((Path(meeting) / f"told-{rank}.json").read_text()) for rank in range(options.ranks)]
+        print(json.dumps(told))
 
 
 def _rank(rank: int, options: argparse.Namespace, meeting: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=f"file://{meeting}/store")
-    _pretend_a_gpu()
-    empty_like = torch.empty_like  # which its exchange of shards asks for on a GPU
-    torch.empty_like = lambda tensor, **fields: empty_like(tensor, **{**fields, "device": tensor.device})  # type: ignore[assignment]
+    backend = "cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=options.ranks, init_method=f"file://{meeting}/store")
+    if options.device == "cpu":
+        _pretend_a_gpu()
+        empty_like = torch.empty_like  # which its exchange of shards asks for on a GPU
+        torch.empty_like = lambda tensor, **fields: empty_like(tensor, **{**fields, "device": tensor.device})  # type: ignore[assignment]
     told = _Loop(rank, options).run()
     (Path(meeting) / f"told-{rank}.json").write_text(json.dumps(told))
     dist.barrier()
@@ -77,16 +83,22 @@ class _Loop:
         self.rank, self.options = rank, options
         self.job = _Job(
             argparse.Namespace(
-                what="save", folder=options.root, tp=1, pp=1, ep=1, world=RANKS, experts=0, layout="dp_reshardable",
-                mem_efficient=False, bf16_gradients=False, bucket_size=None,
+                what="save", folder=options.root, tp=1, pp=1, ep=1, world=options.ranks, experts=0,
+                layout="dp_reshardable",
+                mem_efficient=False, bf16_gradients=False, bucket_size=None, device=options.device,
             )
         )  # fmt: skip
-        tracker = type(tensor_parallel.get_cuda_rng_tracker())
+        if options.device == "cuda":
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+        else:
+            self._without_a_gpu(type(tensor_parallel.get_cuda_rng_tracker()))
+        self.manager = self._manager()
+        self.requests: list[Any] = []
+
+    def _without_a_gpu(self, tracker: Any) -> None:
         tracker.fork = lambda self, *_: contextlib.nullcontext()  # of GPUs' random numbers
         for each in (self.job.optimizer, *self.job.divided):
             each.get_grad_norm = lambda *_, **__: 0.0  # which it works out on a GPU
-        self.manager = self._manager()
-        self.requests: list[Any] = []
 
     def _manager(self) -> Any:
         """As Megatron's `init_checkpointing_context`, after the one line of ours."""
@@ -96,7 +108,8 @@ class _Loop:
         from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
         from nvidia_resiliency_ext.checkpointing.local.replication.strategies import CliqueReplicationStrategy
 
-        strategy = CliqueReplicationStrategy.from_replication_params(1, 2)
+        copies = min(2, self.options.ranks)
+        strategy = CliqueReplicationStrategy.from_replication_params(1, copies) if copies > 1 else None
         return LocalCheckpointManager(str(self.options.root / f"node{self.rank}"), repl_strategy=strategy)
 
     def run(self) -> dict[str, Any]:
@@ -114,11 +127,13 @@ class _Loop:
 
     def _step(self, step: int) -> float:
         torch.manual_seed(1000 * self.rank + step)
-        tokens = torch.randint(0, VOCABULARY, (2, LENGTH))
-        mask = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), 1)
+        where = self.options.device
+        tokens = torch.randint(0, VOCABULARY, (2, LENGTH)).to(where)
+        mask = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), 1).to(where)
+        positions = torch.arange(LENGTH).expand(2, LENGTH).to(where)
         self.job.model.zero_grad_buffer()
         self.job.optimizer.zero_grad()
-        loss = self.job.model(tokens, torch.arange(LENGTH).expand(2, LENGTH), mask, labels=tokens).mean()
+        loss = self.job.model(tokens, positions, mask, labels=tokens).mean()
         loss.backward()
         self.job.model.finish_grad_sync()
         assert self.job.optimizer.step()[0]
@@ -133,7 +148,9 @@ class _Loop:
     def _save(self, iteration: int) -> None:
         from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
 
-        described = self._described(loading=False) | {"iteration": iteration, "args": _arguments()}
+        described = self._described(loading=False) | {
+            "iteration": iteration, "args": _arguments(), "rng": _generators().get_states()
+        }  # fmt: skip
         state, _ = MCoreTensorAwareStateDict.from_state_dict(
             described, algo=self.options.algo, parallelization_group=dist.group.WORLD
         )
@@ -158,6 +175,7 @@ class _Loop:
         described = self._described(loading=True)
         loaded = state.to_state_dict(described, algo=self.options.algo, parallelization_group=dist.group.WORLD)
         assert loaded["args"] == _arguments()
+        _generators().set_states(loaded["rng"])
         self.job.inner.load_state_dict(loaded["model"])
         for each in self.job.divided:
             _keep_the_step(each)
@@ -169,17 +187,24 @@ class _Loop:
     def _digest(self) -> str:
         mixed = hashlib.sha256()
         for parameter in self.job.model.parameters():
-            mixed.update(parameter.detach().float().numpy().tobytes())
+            mixed.update(parameter.detach().float().cpu().numpy().tobytes())
         for each in self.job.divided:
             for group in each.optimizer.param_groups:
                 for main in group["params"]:
                     for kind, value in sorted(each.optimizer.state[main].items()):
-                        mixed.update(kind.encode() + torch.as_tensor(value).float().numpy().tobytes())
-                    mixed.update(main.detach().numpy().tobytes())
+                        mixed.update(kind.encode() + torch.as_tensor(value).float().cpu().numpy().tobytes())
+                    mixed.update(main.detach().cpu().numpy().tobytes())
         return mixed.hexdigest()
 
     def _files(self) -> list[str]:
         return sorted(path.name for path in Path(self.manager.local_ckpt_dir).iterdir())
+
+
+def _generators() -> Any:
+    """Of random numbers on GPUs."""
+    from megatron.core import tensor_parallel
+
+    return tensor_parallel.get_cuda_rng_tracker()
 
 
 def _arguments() -> argparse.Namespace:
@@ -197,7 +222,8 @@ def _count_on(adam: torch.optim.Optimizer) -> None:
     """Megatron loads the number of steps into the groups, where a GPU's Adam has it; torch's has it by parameter."""
     for group in adam.param_groups:
         for main in group["params"]:
-            adam.state[main]["step"] = torch.tensor(float(group["step"]))
+            if isinstance(adam.state[main].get("step"), torch.Tensor):
+                adam.state[main]["step"] = torch.tensor(float(group["step"]))
 
 
 if __name__ == "__main__":

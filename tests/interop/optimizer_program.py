@@ -124,7 +124,7 @@ class _Job:
             max_sequence_length=32, pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(), position_embedding_type="rope",
             share_embeddings_and_output_weights=False,
-        ).bfloat16()  # fmt: skip
+        ).bfloat16().to(getattr(options, "device", "cpu"))  # fmt: skip
         distributed = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=not options.bf16_gradients,  # the buckets' keys name it
