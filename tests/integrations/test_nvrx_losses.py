@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,27 @@ def _crashes(rank: int, root: str) -> Any:
 
 def test_what_a_crash_leaves_is_swept_and_never_counted(tmp_path: Path) -> None:
     assert values(run_ranks(2, _crashes, str(tmp_path))) == [(4, True, 5, True)] * 2
+
+
+def _shares(rank: int, root: str) -> Any:
+    """One directory on shared storage, seen by two hosts: neither may tidy up what the other is writing."""
+    socket.gethostname = lambda: f"host{rank}"
+    manager = of(rank, Path(root), node=0)
+    manager.save(state_of(rank, 1), 1)
+    writing = Path(manager.local_ckpt_dir) / f"iter_0000009_{rank}_local.ab.dirty.pt"
+    writing.write_bytes(b"on its way")
+    dist.barrier()
+    manager.save(state_of(rank, 2), 2)
+    dist.barrier()
+    manager.close()
+    dist.barrier()
+    there = writing.exists()
+    restarted = of(rank, Path(root), node=0)
+    return there, restarted.find_latest(), said(restarted.load()[0]) == expected(rank, 2)
+
+
+def test_hosts_that_share_a_directory_leave_each_others_files_alone(tmp_path: Path) -> None:
+    assert values(run_ranks(2, _shares, str(tmp_path))) == [(True, 2, True)] * 2
 
 
 class Stranger:

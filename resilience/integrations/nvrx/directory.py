@@ -3,6 +3,7 @@
     <root>/<session>/<rank>/iter_0000005_3_local.pt             a shard: the rank's own, or one it keeps for another
     <root>/<session>/<rank>/iter_0000005_3_local.<…>.dirty.pt   one that is not whole yet
     <root>/<session>/.records/<rank>/iter_0000005.json          which of them are whole, of which save; digests
+    <root>/<session>/.records/directory                         what tells this directory from those of other nodes
     <root>/<session>/.spare/<rank>/<…>                          memory of removed shards, for the next ones
 
 No record, no checkpoint. A rank's directory holds shards and nothing else of ours, as its users expect; files of other
@@ -75,6 +76,7 @@ class Session:
 
     def __init__(self, root: Path, session_id: str, fs: PosixFileSystem) -> None:
         self.path = root / session_id
+        self._mark = self.path / _RECORDS / "directory"
         self._fs = fs
 
     def node(self) -> str:
@@ -84,6 +86,19 @@ class Session:
         if found is None:
             raise StoreError(f"{self.path} was removed.")
         return f"{socket.gethostname()}:{found.device}:{found.inode}"
+
+    def mark(self) -> None:
+        """Give the directory a name that stays with it, unless it has one. StoreError."""
+        if self._fs.stat(self._mark) is None:
+            self._fs.make_dir(self._mark.parent)
+            self._fs.write_atomic(self._mark, secrets.token_hex(16).encode(), durable=False)
+
+    def marked(self) -> str:
+        """That name, the same on all hosts that share the directory, once all have called `mark`. StoreError."""
+        try:
+            return self._fs.read(self._mark, limit=64).decode("ascii", "replace")
+        except (FileNotFoundError, CorruptCopyError) as error:
+            raise StoreError(f"{self._mark} cannot be read: {error}") from error
 
     def folders(self) -> list[str]:
         """The ranks' directories that have, or had, something in them. StoreError."""
@@ -98,7 +113,10 @@ class Session:
         return RankDirectory(self.path, str(rank), self._fs)
 
     def tidy(self, living: Collection[int], oldest: int) -> None:
-        """Remove what ranks that are no longer on this node left of iterations before `oldest`. StoreError."""
+        """Remove what ranks that do not write here any more, unlike `living`, left of iterations before `oldest`.
+
+        StoreError.
+        """
         for folder in set(self.folders()) - {str(rank) for rank in living}:
             orphan = self.rank(folder)
             orphan.sweep()

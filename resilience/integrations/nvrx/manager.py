@@ -272,12 +272,12 @@ class LocalCheckpointManager:
         except OSError as error:
             _LOG.warning("older checkpoints could not be removed: %s", error)
             return
-        tidies = world.rank == world.node_ranks[0]
+        tidies = world.rank == world.neighbours[0]
 
         def rest() -> None:
             free()
             if tidies:
-                world.session.tidy(world.node_ranks, oldest)
+                world.session.tidy(world.neighbours, oldest)
 
         if inline:
             rest()

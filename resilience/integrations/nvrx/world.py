@@ -39,6 +39,7 @@ class World:
     session: Session
     directory: RankDirectory
     background: Background
+    neighbours: tuple[int, ...]  # ranks that write into this rank's session directory, itself included
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of saves and loads; equal on all ranks
 
     @property
@@ -68,6 +69,7 @@ def join(group: Any, session: Session, strategy: Any, write: Write, timeout_s: f
     try:
         members = members_of(strategy, rank)
         node = session.node()
+        session.mark()
         directory.make()
     except (ResilienceError, OSError, ValueError) as error:
         problem = in_short(error)
@@ -75,11 +77,23 @@ def join(group: Any, session: Session, strategy: Any, write: Write, timeout_s: f
         from_json(View, each, f"rank {other}'s node").node
         for other, each in enumerate(agreed(calls, to_json(View(node, (), problem)), problem))
     )
+    neighbours = _sharing(calls, session)
     at_home = [other for other in members if other != rank and nodes[other] == nodes[rank]]
     if at_home:
         _LOG.warning("ranks %s and %s keep each other's shards on one node: a lost node takes both", rank, at_home)
     background = Background(communicator, saves, directory, members, write)
-    return World(group, communicator, calls, saves, nodes, members, session, directory, background)
+    return World(group, communicator, calls, saves, nodes, members, session, directory, background, neighbours)
+
+
+def _sharing(calls: Agreements, session: Session) -> tuple[int, ...]:
+    """The ranks with this very directory: of one node, or of several where it lies on shared storage."""
+    mark, problem = "", ""
+    try:
+        mark = session.marked()
+    except OSError as error:
+        problem = in_short(error)
+    marks = agreed(calls, mark.encode(), problem)
+    return tuple(rank for rank, other in enumerate(marks) if other.decode() == mark)
 
 
 def agreed(calls: Agreements, payload: bytes, problem: str) -> list[bytes]:
