@@ -6,11 +6,10 @@ time, so that no more than one rank's tensors are in memory.
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from resilience.replication.communicator import Agreements
+from resilience.replication.communicator import Agreements, GatheredAgreements
 
 __all__ = ["in_turn"]
 
@@ -76,7 +75,7 @@ class _Table:
                 return
 
 
-class _Rank:
+class _Rank(GatheredAgreements):
     """`Agreements` of one of them."""
 
     def __init__(self, rank: int, table: _Table) -> None:
@@ -88,20 +87,6 @@ class _Rank:
     def gather(self, payload: bytes) -> list[bytes]:
         self._number += 1
         return self._table.exchange(self.rank, self._number, payload)
-
-    def collect(self, payload: bytes) -> list[bytes]:
-        told = self.gather(payload)
-        return told if self.rank == 0 else []
-
-    def broadcast(self, payload: bytes | None) -> bytes:
-        return self.gather(payload or b"")[0]
-
-    def maximum(self, values: Sequence[int]) -> list[int]:
-        told = [json.loads(each) for each in self.gather(json.dumps(list(values)).encode())]
-        return [max(column) for column in zip(*told, strict=True)]
-
-    def barrier(self) -> None:
-        self.gather(b"")
 
     def close(self) -> None:
         return

@@ -6,6 +6,7 @@ progress and ends in a `PeerLostError`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -25,6 +26,7 @@ __all__ = [
     "Agreements",
     "Communicator",
     "Control",
+    "GatheredAgreements",
     "Links",
     "PeerFailedError",
     "SoloAgreements",
@@ -133,6 +135,29 @@ class Communicator(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class GatheredAgreements:
+    """For ranks of one process: all that ranks agree on, by nothing but the gathering of what each has to say."""
+
+    rank: int
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        raise NotImplementedError
+
+    def collect(self, payload: bytes) -> list[bytes]:
+        told = self.gather(payload)
+        return told if self.rank == 0 else []
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        return self.gather(payload or b"")[0]
+
+    def maximum(self, values: Sequence[int]) -> list[int]:
+        told = [json.loads(each) for each in self.gather(json.dumps(list(values)).encode())]
+        return [max(column) for column in zip(*told, strict=True)]
+
+    def barrier(self) -> None:
+        self.gather(b"")
 
 
 class SoloAgreements:

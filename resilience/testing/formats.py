@@ -19,12 +19,13 @@ from resilience.formats.protocol import CheckpointFormat, CheckpointReader, Chun
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.testing.ranks import ThreadAgreements, on_all_ranks
 
-__all__ = ["FormatContract"]
+__all__ = ["DTYPES", "FormatContract"]
 
 _WORLD: Final = 3
 _ITERATION: Final = 7
 _ROWS: Final = ((0, 3), (3, 4), (4, 11))  # of the large tensor, by rank
-_DTYPES: Final = (
+#: Those that every format stores.
+DTYPES: Final = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.int32,
     torch.int16, torch.uint8, torch.int8, torch.bool, torch.complex64, torch.uint16,
 )  # fmt: skip
@@ -56,7 +57,7 @@ def _share(rank: int) -> RankShare:
     chunks = [_rows(_KEY, _large(), rank), _rows("optimizer/0/state/embedding.weight/exp_avg", -_large(), rank)]
     chunks.append(_whole(_OWN, torch.full((9,), rank, dtype=torch.uint8), per_rank=True))
     if rank == 1:
-        chunks += [_whole(_dtype_key(dtype), _large(dtype)) for dtype in _DTYPES]
+        chunks += [_whole(_dtype_key(dtype), _large(dtype)) for dtype in DTYPES]
         chunks += [_whole("model/0/scalar", torch.tensor(2.5)), _whole("model/0/empty", torch.empty(0, 4))]
     common = {"iteration": _ITERATION, "lr": 0.5}
     return RankShare(chunks, json.dumps({"rank": rank}).encode(), aliases={_TWIN: _KEY}, common=common)
@@ -91,7 +92,7 @@ class FormatContract:
 
     def test_every_dtype_comes_back_bit_for_bit_and_is_told(self, tmp_path: Path) -> None:
         reader = self._saved(tmp_path)
-        for dtype in _DTYPES:
+        for dtype in DTYPES:
             key, out = _dtype_key(dtype), torch.zeros(11, 5, dtype=dtype)
             assert reader.index[key].dtype == dtype
             assert reader.index[key].global_shape == (11, 5)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
+
+from resilience.replication.communicator import GatheredAgreements
 
 __all__ = ["ThreadAgreements", "on_all_ranks"]
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 _WAIT_S: Final = 60.0
 
 
-class ThreadAgreements:
+class ThreadAgreements(GatheredAgreements):
     """`Agreements` over threads of one process."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[bytes]) -> None:
@@ -30,20 +31,6 @@ class ThreadAgreements:
         answers = list(self._slots)
         self._barrier.wait(_WAIT_S)
         return answers
-
-    def collect(self, payload: bytes) -> list[bytes]:
-        told = self.gather(payload)
-        return told if self.rank == 0 else []
-
-    def broadcast(self, payload: bytes | None) -> bytes:
-        return self.gather(payload or b"")[0]
-
-    def maximum(self, values: Sequence[int]) -> list[int]:
-        answers = [json.loads(answer) for answer in self.gather(json.dumps(list(values)).encode())]
-        return [max(column) for column in zip(*answers, strict=True)]
-
-    def barrier(self) -> None:
-        self._barrier.wait(_WAIT_S)
 
     def close(self) -> None:
         self._barrier.abort()

@@ -19,14 +19,9 @@ from hypothesis.strategies import SearchStrategy
 from resilience.errors import ResilienceError, StoreError
 from resilience.formats.protocol import Chunk, RankShare
 from resilience.stores.filesystem import FileSystem
+from resilience.testing.formats import DTYPES
 
 __all__ = ["DTYPES", "Checkpoint", "FileOperation", "checkpoints", "file_operations", "perform", "tensors"]
-
-#: Those that every format stores.
-DTYPES: Final = (
-    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.int32,
-    torch.int16, torch.uint8, torch.int8, torch.bool, torch.complex64, torch.uint16,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

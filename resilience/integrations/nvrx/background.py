@@ -53,7 +53,6 @@ class _Word:
     """What a rank tells of its shard. `epoch`: of its links, one more than it used where those broke."""
 
     digest: str
-    nbytes: int
     error: str
     epoch: int
 
@@ -121,7 +120,7 @@ class Background:
         job.begun.clear()
 
     def _carry_out(self, job: SaveJob) -> None:
-        rank, digest = self._communicator.rank, ""
+        digest = ""
 
         def own_digest() -> str | None:
             nonlocal digest
@@ -131,19 +130,18 @@ class Background:
 
         received = self._swap(job, own_digest)
         own_digest()
-        nbytes = job.arena.nbytes if job.arena is not None else 0
         words = [
             from_json(_Word, each, f"rank {other}'s word on its shard")
-            for other, each in enumerate(self._group.gather(to_json(_Word(digest, nbytes, job.error, self._epoch))))
+            for other, each in enumerate(self._group.gather(to_json(_Word(digest, job.error, self._epoch))))
         ]
         self._epoch_after([words[member].epoch for member in self._members])
         failed = [f"rank {other}: {word.error}" for other, word in enumerate(words) if word.error]
         if failed:
             job.error = "; ".join(failed[:4])
             return
-        self._commit(job, _name_of(job.iteration, words), len(words), received, words[rank])
+        self._commit(job, _name_of(job.iteration, words), len(words), received, digest)
 
-    def _commit(self, job: SaveJob, save: str, world: int, received: Sequence[Received], own: _Word) -> None:
+    def _commit(self, job: SaveJob, save: str, world: int, received: Sequence[Received], digest: str) -> None:
         rank = self._communicator.rank
         self._directory.prepare(job.iteration, save)
         shards = {one.owner: Shard(one.nbytes, one.digest) for one in received}
@@ -152,7 +150,7 @@ class Background:
             self._release(job, one.owner)
         if job.arena is None:
             raise ValueError("a save that failed is not committed")
-        shards[rank] = Shard(own.nbytes, own.digest)
+        shards[rank] = Shard(job.arena.nbytes, digest)
         self._write(job.arena, job.iteration, rank)
         if job.given_up:
             raise StoreError(f"iteration {job.iteration} was given up before it could be committed.")
@@ -222,7 +220,7 @@ class Background:
             if here.get(one.owner) == Shard(one.nbytes, one.digest):
                 continue  # it was here already
             self._write(one.slot, iteration, one.owner)
-            job.begun.pop(one.owner, None)
+            self._release(job, one.owner)
             shards[one.owner] = Shard(one.nbytes, one.digest)
         self._directory.extend(iteration, save, self._group.size, shards)
         if job.unprotected:

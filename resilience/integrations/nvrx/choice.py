@@ -32,7 +32,6 @@ class View:
 
     node: str
     found: tuple[Found, ...] = ()
-    problem: str = ""
 
 
 @dataclass(frozen=True, order=True)

@@ -13,7 +13,6 @@ names are left alone. Records are written last and removed first.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import re
 import secrets
@@ -328,7 +327,7 @@ class RankDirectory:
         try:
             fields = unseal_json(self._fs.read(path), str(path))
             fields.pop("schema_version", None)
-            record: _Record = from_plain(_Record, json.loads(json.dumps(fields)), str(path))
+            record: _Record = from_plain(_Record, fields, str(path))
         except FileNotFoundError:
             return None
         except (CorruptCopyError, RuntimeError) as error:

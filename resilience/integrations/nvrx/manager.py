@@ -152,7 +152,6 @@ class LocalCheckpointManager:
             self._finalize(world, job, inline=not is_async)
 
         if not is_async:
-            job.done.wait(self._bound_s)
             finalize_fn()
             return None
         arguments = (unfinished, os.getpid(), self._bound_s)

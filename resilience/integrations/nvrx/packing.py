@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,5 +120,5 @@ class _Pickler(pickle.Pickler):
 
 
 def _piece(index: int, tensor: torch.Tensor) -> Piece:
-    shape: Sequence[int] = tuple(tensor.shape)
-    return Piece(f"tensor.{index}", tensor.dtype, tuple(shape), (0,) * len(shape), tuple(shape), False, index)
+    shape = tuple(tensor.shape)
+    return Piece(f"tensor.{index}", tensor.dtype, shape, (0,) * len(shape), shape, False, index)

@@ -11,13 +11,10 @@ from typing import Any, Final
 
 from resilience.errors import ResilienceError, in_short
 from resilience.integrations.nvrx.background import Background, Write
-from resilience.integrations.nvrx.choice import View
 from resilience.integrations.nvrx.cliques import members_of
 from resilience.integrations.nvrx.directory import RankDirectory, Session
 from resilience.integrations.nvrx.names import LocalCheckpointError
 from resilience.job import make_communicator
-from resilience.planning.typed_json import from_json
-from resilience.planning.wire import to_json
 from resilience.replication.communicator import Agreements, Communicator
 
 __all__ = ["World", "agreed", "join"]
@@ -73,10 +70,7 @@ def join(group: Any, session: Session, strategy: Any, write: Write, timeout_s: f
         directory.make()
     except (ResilienceError, OSError, ValueError) as error:
         problem = in_short(error)
-    nodes = tuple(
-        from_json(View, each, f"rank {other}'s node").node
-        for other, each in enumerate(agreed(calls, to_json(View(node, (), problem)), problem))
-    )
+    nodes = tuple(each.decode() for each in agreed(calls, node.encode(), problem))
     neighbours = _sharing(calls, session)
     at_home = [other for other in members if other != rank and nodes[other] == nodes[rank]]
     if at_home:
