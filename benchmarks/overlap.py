@@ -31,7 +31,7 @@ _SIDE: Final = 192  # of the matrices of a CPU-bound step
 class _Job:
     """A replicated job, every boundary of which saves."""
 
-    def __init__(self, place: Place, name: str, model: Weights, mode: Mode) -> None:
+    def __init__(self, place: Place, name: str, model: Weights, mode: Mode, *, split: bool) -> None:
         self.tick = nn.Parameter(torch.zeros(4))
         model.register_parameter(f"tick_{name}", self.tick)
         self.tick.grad = torch.zeros(4)
@@ -40,6 +40,7 @@ class _Job:
         checkpoint = CheckpointConfig(
             non_persistent_ckpt_type="local", non_persistent_save_interval=1,
             non_persistent_local_ckpt_dir=directory, replication=True,
+            non_persistent_local_ckpt_algo="fully_parallel" if split else "atomic",
         )  # fmt: skip
         resiliency = ResiliencyConfig(
             run_id=name, node_id=f"node{place.rank}", memory_dir=directory, snapshot_mode=mode,
@@ -59,16 +60,20 @@ class _Job:
 
 
 class _OverlapBench:
-    """One shape of state: matrices of megabytes, or (`small` of them) thousands of little ones of as many bytes."""
+    """One shape of state: matrices of megabytes, or (`small` of them) thousands of little ones of as many bytes.
+
+    `whole`: each rank stores all that it has, half as much, and not its half of what all have.
+    """
 
     def __init__(self, place: Place) -> None:
         place.node_directory.mkdir(exist_ok=True)
         self._limits = Limits(place)
-        sizes, small = place.settings, int(place.options["small"])
+        sizes, small, whole = place.settings, int(place.options["small"]), bool(place.options["whole"])
         if small:
-            sizes = replace(sizes, layers=small, rows=max(1, sizes.layers * sizes.rows // small))
+            rows = sizes.layers * sizes.rows // (place.size if whole else 1)
+            sizes = replace(sizes, layers=small, rows=max(1, rows // small))
         modes: tuple[Mode, ...] = ("eager", "overlapped")
-        self._jobs = {mode: _Job(place, mode, Weights(sizes), mode) for mode in modes}
+        self._jobs = {mode: _Job(place, mode, Weights(sizes), mode, split=not whole) for mode in modes}
         self._square = torch.randn(_SIDE, _SIDE)
         self._product_s = min(timed(self._multiply) for _ in range(50))
         for job in self._jobs.values():

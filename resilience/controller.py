@@ -200,6 +200,7 @@ class ResiliencyController:
             self._stop()
         if not last:
             ledger.speak()
+        saving.go()
         self._stepped_at = self.clock.now()
         return report
 
@@ -229,7 +230,7 @@ class ResiliencyController:
 
         `kind`: "persistent" or "non_persistent".
         """
-        _, ledger = self._running()
+        saving, ledger = self._running()
         missing = self.checkpoint.save if kind == "persistent" else self.checkpoint.non_persistent_ckpt_type
         if kind not in ("persistent", "non_persistent") or missing is None:
             raise ConfigError(f"a {kind!r} save was asked for, but none of that kind is configured.")
@@ -248,6 +249,7 @@ class ResiliencyController:
         due = Due(kind == "non_persistent", kind == "persistent", False)
         report = self._take(iteration, due)
         ledger.speak()
+        saving.go()
         return report
 
     def request(self, what: str) -> None:

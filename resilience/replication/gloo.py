@@ -268,10 +268,14 @@ class _GlooControl(_GlooGroup):
     def __init__(self, group: Group, members: tuple[int, ...], liveness: Liveness) -> None:
         super().__init__(group, members, liveness, "control exchange")
         self._tensor = torch.zeros(0, dtype=torch.int64)
+        self._words = self._tensor.numpy()
         self._work: Any = None
 
     def start(self, values: Sequence[int]) -> None:
-        self._tensor = torch.tensor(values, dtype=torch.int64)
+        if len(values) != len(self._words):
+            self._tensor = torch.zeros(len(values), dtype=torch.int64)
+            self._words = self._tensor.numpy()
+        self._words[:] = values  # what was in it was reduced, and read
         self._work = _reduce_maximum(self._live(), self._tensor)
         self._works = [self._work]
 
@@ -279,14 +283,21 @@ class _GlooControl(_GlooGroup):
         if self._work is not None:
             self._finish(self._work)
             self._work = None
-        return [int(value) for value in self._tensor.tolist()]
+        return self._words.tolist()  # type: ignore[no-any-return]
 
 
-def _reduce_maximum(group: Group, tensor: torch.Tensor) -> Any:
+def _maximum_options() -> Any:
     options: Any = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp.MAX
     options.timeout = UNBOUNDED
+    return options
+
+
+_MAXIMUM: Any = _maximum_options()
+
+
+def _reduce_maximum(group: Group, tensor: torch.Tensor) -> Any:
     try:
-        return group.allreduce([tensor], options)
+        return group.allreduce([tensor], _MAXIMUM)
     except RuntimeError as error:
         raise PeerLostError(f"a peer is gone: {error}") from error

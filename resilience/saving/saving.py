@@ -266,6 +266,11 @@ class Saving:
         self._begun = report
         return report
 
+    def go(self) -> None:
+        """The boundary is over: what is to be copied while training goes on may begin."""
+        if self._overlap is not None:
+            self._overlap.go()
+
     def join(self) -> float:
         """Before the state may change: what is still being copied of it. Returns for how long training waited for that,
         here and before the optimizer's step."""

@@ -1,8 +1,9 @@
 """The copy: live tensors into arenas, now or while training goes on, and who waits for what of it.
 
-On the host it is one `torch._foreach_copy_` over cached views, which takes mixed dtypes and strides and gives up the
-interpreter lock once; a Python loop over thousands of tensors costs up to a fifth more and, against a busy interpreter,
-orders of magnitude. What lies on an accelerator crosses on a stream of its own.
+On the host the training thread copies plain blocks with memcpy, which is quickest, and all else with one
+`torch._foreach_copy_` over cached views, which takes mixed dtypes and strides. A lane does all with the latter: it
+gives up the interpreter lock once, where a Python loop over thousands of tensors takes orders of magnitude longer
+against a busy interpreter. What lies on an accelerator crosses on a stream of its own.
 
 An *eager* copy is over when `start` returns. An *overlapped* one copies at the boundary what the next forward and
 backward may change (all that is not told apart as `later`), and the rest in a lane; `Copy.join`, called before anything
@@ -25,6 +26,7 @@ from resilience.runtime.worker import Lane
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.device import CrossingPlan, SideStreams, plan_crossing
 from resilience.snapshot.layout import Layout
+from resilience.snapshot.memory_copy import copy_blocks, is_block
 from resilience.snapshot.page_lock import page_lock
 from resilience.snapshot.sources import Cut
 from resilience.stores.pages import always
@@ -156,6 +158,8 @@ class _Plan:
     kind: object  # of the sources
     later: Collection[str]
     deferred: list[int] = field(default_factory=list)  # positions of those that are copied later
+    blocks_now: list[int] = field(default_factory=list)  # that memcpy takes
+    block_sizes: list[int] = field(default_factory=list)
     host_now: list[int] = field(default_factory=list)
     host_later: list[int] = field(default_factory=list)
     device_now: dict[torch.device, CrossingPlan] = field(default_factory=dict)
@@ -177,6 +181,7 @@ class Copying:
         self._tell = tell
         self._streams = SideStreams()
         self._plans: dict[int, _Plan] = {}  # by which layout object
+        self._held: Callable[[], None] | None = None  # a copy that is to begin
         self._pageable = False  # a lock was refused: told once, and not asked for again
 
     def start(self, parts: Sequence[Part], pairs: Sequence[Pair], seal: Callable[[], None]) -> None:
@@ -189,7 +194,7 @@ class Copying:
                     with self._streams.on(device):
                         room = self._streams.room(device)
                         _cross(device, parts, [plan.device_now for plan in plans], pairs, room)
-            _copy_host(parts, [plan.host_now for plan in plans], pairs)
+            _copy_here(parts, plans, pairs)
         finally:
             self._arrive(devices)
         seal()
@@ -205,17 +210,18 @@ class Copying:
         witness: Witness | None,
         disproved: Callable[[str], None],
     ) -> Copy:
-        """What is not of the keys `later` now; the rest while training goes on. `seal`s in the lane.
+        """What is not of the keys `later` now; the rest while training goes on, from `go` on. `seal`s in the lane.
 
         `later` stays the same object while it has the same keys. `disproved` hears, in the lane, why the witness does
         not vouch for the copy.
         """
         assert self._lane is not None
+        self.go()
         plans = self._plans_of(parts, later)
         with _room_on_device():
             for device in _devices([plan.device_now for plan in plans], pairs_now):  # in the order of training's stream
                 _cross(device, parts, [plan.device_now for plan in plans], pairs_now)
-        _copy_host(parts, [plan.host_now for plan in plans], pairs_now)
+        _copy_here(parts, plans, pairs_now)
         devices = self._begin(parts, plans, (*pairs_now, *pairs_later))
         copy = Copy(self._threads)
 
@@ -235,8 +241,15 @@ class Copying:
             finally:
                 copy.settle(problem)
 
-        self._lane.submit("copy", run)
+        self._held = run
         return copy
+
+    def go(self) -> None:
+        """Have the copy that was started last begin, unless it did. What the training thread still has to do at the
+        boundary is quicker while nobody else wants its core."""
+        held, self._held = self._held, None
+        if held is not None and self._lane is not None:
+            self._lane.submit("copy", held)
 
     def deferred(self, part: Part, later: Collection[str]) -> list[int]:
         """Positions of the pieces that are copied later."""
@@ -311,8 +324,13 @@ class Copying:
             plan.deferred += [position] if deferred else []
             if source.is_cuda:
                 (then if deferred else now).setdefault(source.device, []).append(position)
+            elif deferred:
+                plan.host_later.append(position)
+            elif is_block(source) and (source.dtype, source.nbytes) == (placed.piece.dtype, placed.piece.nbytes):
+                plan.blocks_now.append(position)
+                plan.block_sizes.append(source.nbytes)
             else:
-                (plan.host_later if deferred else plan.host_now).append(position)
+                plan.host_now.append(position)
         plan.device_now = {device: plan_crossing(part.layout, part.sources, them) for device, them in now.items()}
         plan.device_later = {device: plan_crossing(part.layout, part.sources, them) for device, them in then.items()}
         self._plans[id(part.layout)] = plan
@@ -332,6 +350,16 @@ def _devices(plans: Sequence[Mapping[torch.device, CrossingPlan]], pairs: Sequen
     found = {device for plan in plans for device in plan}
     found |= {source.device for _, source in pairs if source.is_cuda}
     return sorted(found, key=str)
+
+
+def _copy_here(parts: Sequence[Part], plans: Sequence[_Plan], pairs: Sequence[Pair]) -> None:
+    """What lies on the host and is copied now, on the training thread."""
+    for part, plan in zip(parts, plans, strict=True):
+        if plan.blocks_now:
+            origin, placed, sources = part.arena.content.data_ptr(), part.layout.placed, part.sources
+            targets = [origin + placed[position].start for position in plan.blocks_now]
+            copy_blocks(targets, [sources[position] for position in plan.blocks_now], plan.block_sizes)
+    _copy_host(parts, [plan.host_now for plan in plans], pairs)
 
 
 @torch.no_grad()

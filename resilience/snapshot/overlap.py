@@ -117,7 +117,7 @@ class Overlap:
         pairs: Sequence[Pair],
         seal: Callable[[], None],
     ) -> Copy:
-        """As `Copying.start`, but it goes on. The first of `parts` is this rank's shard of `items`."""
+        """As `Copying.start`, but it goes on, from `go` on. The first of `parts` is this rank's shard of `items`."""
         self.join()
         later = self._keys(items, parts[0].layout)
         now_pairs = [pair for key, pair in zip(sample.keys, pairs, strict=True) if key not in later]
@@ -130,8 +130,13 @@ class Overlap:
         self._count += 1
         return self._copy
 
+    def go(self) -> None:
+        """The boundary is over: what is to be copied meanwhile may begin."""
+        self._copying.go()
+
     def join(self) -> None:
         """Before anything may change that is being copied; at a boundary at the latest."""
+        self._copying.go()
         if self._copy.pending:
             began = self._now()
             self._copy.join(self._witness)
@@ -150,6 +155,7 @@ class Overlap:
         compared byte by byte, nobody can say any more whether it is right.
         """
         self._hook.remove()
+        self._copying.go()
         copy, witness, self._copy, self._witness = self._copy, self._witness, DONE, None
         joined = False
         if witness is not None and not witness.waits_for_join:
@@ -162,6 +168,7 @@ class Overlap:
         """Torch's hook on all optimizers; any thread that steps one."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             self._off = self._off or _CAPTURED
+            self._copying.go()
             self._copy.abandon(_CAPTURED)
             return
         self.join()

@@ -6,11 +6,13 @@ Cut once and kept while a layout holds: cutting thousands of views anew at every
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_not
 from typing import NamedTuple
 
 import torch
 
 from resilience.snapshot.layout import Layout, Piece
+from resilience.snapshot.memory_copy import is_block
 from resilience.state.items import Item
 
 __all__ = ["Cut", "Sources"]
@@ -42,8 +44,8 @@ class Sources:
                 self._places.setdefault(placed.piece.item, []).append(position)
             self._cut = Cut([_cut(items[placed.piece.item].tensor, placed.piece) for placed in layout.placed], object())
         else:
-            pairs = enumerate(zip(items, self._items, strict=True))
-            self._replace([number for number, (new, old) in pairs if new is not old], items, layout)
+            changed = map(is_not, items, self._items)
+            self._replace([number for number, other in enumerate(changed) if other], items, layout)
         self._layout, self._items = layout, tuple(items)
         return self._cut
 
@@ -59,7 +61,7 @@ class Sources:
 
 
 def _lies(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.device, tensor.is_contiguous()
+    return tensor.device, is_block(tensor), tensor.is_contiguous()
 
 
 def _cut(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:

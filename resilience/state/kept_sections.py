@@ -10,6 +10,7 @@ differs is written anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
@@ -23,6 +24,7 @@ __all__ = ["KeptSections"]
 
 _PLAIN: Final = frozenset((torch.Tensor, torch.nn.Parameter))
 _SCALARS: Final = frozenset((type(None), bool, int, float, str))
+_KIND: Final = attrgetter("dtype", "requires_grad")
 Found = Sequence[tuple[str, torch.Tensor | Written]]
 
 
@@ -39,7 +41,7 @@ class _Section(Written):
         self._scalars = [(place, repr(leaf)) for place, leaf in enumerate(leaves) if type(leaf) in _SCALARS]
         self._distributed = any(map(is_dtensor, leaves))
         tensors = self._tensors_of(leaves)
-        self._dtypes, self._trained, self._specs = _dtypes(tensors), _trained(tensors), self._specs_of(tensors)
+        self._kinds, self._specs = list(map(_KIND, tensors)), self._specs_of(tensors)
         self._memory = [each.detach() for each in self._local(tensors)]
 
     def still(self, keys: list[Any], leaves: list[Any]) -> bool:
@@ -49,7 +51,7 @@ class _Section(Written):
         if any(repr(leaves[place]) != said for place, said in self._scalars):
             return False
         tensors = self._tensors_of(leaves)
-        if _dtypes(tensors) != self._dtypes or _trained(tensors) != self._trained:
+        if list(map(_KIND, tensors)) != self._kinds:
             return False
         if self._specs_of(tensors) != self._specs:
             return False
@@ -151,11 +153,3 @@ def _may_be_kept(leaves: Sequence[Any]) -> bool:
 
 def _is_plain(leaf: Any) -> bool:
     return (type(leaf) in _PLAIN or is_dtensor(leaf)) and not (leaf.is_complex() or leaf.is_neg())
-
-
-def _dtypes(tensors: Sequence[torch.Tensor]) -> list[torch.dtype]:
-    return [each.dtype for each in tensors]
-
-
-def _trained(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    return [each.requires_grad for each in tensors]

@@ -115,7 +115,7 @@ class TrainingState:
             "dataloader": self.loader.state_dict,
             "extra": lambda: {name: self.extra[name].state_dict() for name in sorted(self.extra)},
             "train_state": self.train_state.to_dict,
-            "rng": lambda: rng.capture(self.devices),
+            "rng": lambda: rng.capture(self._accelerators()),
         }
         tree = {part: collectors[part]() for part in PARTS if part in parts}
         if self.layout is not None and self.layout.is_resolved:
@@ -126,6 +126,10 @@ class TrainingState:
     def devices(self) -> set[torch.device]:
         """The devices that the models' parameters lie on."""
         return {device for model in self.models for device in model.devices}
+
+    def _accelerators(self) -> Collection[torch.device]:
+        """The devices whose generators count: none while no accelerator is in use, which is quicker to ask."""
+        return self.devices if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
 
     def _scheduler_state(self) -> Any:
         states = [scheduler.state_dict() for scheduler in self.schedulers]

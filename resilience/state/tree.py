@@ -50,16 +50,18 @@ class Written:
     """A part of a tree that was written before, in its place: `text` is its JSON."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text = text.encode("ascii")
 
 
 def encode_around(tree: Any) -> tuple[bytes, list[tuple[str, torch.Tensor | Written]]]:
     """As `encode`, of a tree in which some parts are `Written`; they are listed in their order among the tensors."""
     text, found = encode_part(tree, "", 0)
+    rest, parts = text.encode("ascii"), []
     for number, each in enumerate(each for _, each in found if isinstance(each, Written)):
-        # no str of the tree can look like it: quotes in them are escaped
-        text = text.replace(f'{{"{_WRITTEN}":{number}}}', each.text, 1)
-    return text.encode("ascii"), found
+        # no str of the tree can look like it (quotes in them are escaped), and they come in their order
+        before, _, rest = rest.partition(b'{"%b":%d}' % (_WRITTEN.encode(), number))
+        parts += [before, each.text]
+    return b"".join([*parts, rest]), found
 
 
 def encode_part(value: Any, path: str, depth: int) -> tuple[str, list[tuple[str, Any]]]:

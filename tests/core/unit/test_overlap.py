@@ -106,11 +106,16 @@ class Rig:
         arena.use(layout)
         part = Part(arena, layout, self.sources.of(collected.items, layout))
         copy = self.overlap.start([part], collected.items, Sample((), ()), (), lambda: None)
+        self.overlap.go()
         return copy, arena, truth
 
     def close(self) -> None:
         self.overlap.close()
         assert self.lane.close(BOUND_S)
+
+    def hold_next(self) -> None:
+        """Have the next snapshot's copy wait for what begins it."""
+        self.overlap.go = lambda: None  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -455,6 +460,7 @@ def test_the_sample_is_of_the_boundary_too(rig: Callable[..., Rig], tmp_path: Pa
     expected = Sample(sample.keys, tuple(source.clone() for _, source in pairs)).fingerprint()
     part = Part(arena, layout, slow.sources.of(collected.items, layout))
     copy = slow.overlap.start([part], collected.items, sample, pairs, lambda: None)
+    slow.overlap.go()
     slow.forward_and_backward()  # changes the buffers of the sample
     slow.step()  # and this the rest
     assert copy.wait() == ""
@@ -488,3 +494,20 @@ def test_an_optimizer_in_the_backward_is_refused() -> None:
     _apply_optimizer_in_backward(torch.optim.SGD, net.two.parameters(), {"lr": 0.1})
     with pytest.raises(ConfigError, match=r"backward pass, as that of two\."):
         overlap_module.refuse_overlap(TrainingState(net, torch.optim.SGD(net.one.parameters(), lr=0.1)))
+
+
+def test_a_copy_begins_when_the_boundary_is_over_or_is_waited_for(rig: Callable[..., Rig]) -> None:
+    held = rig()
+    first, _, _ = held.snapshot()
+    held.overlap.join()
+    assert first.wait() == ""
+    held.hold_next()
+    copy, _, _ = held.snapshot()
+    time.sleep(0.2)
+    assert copy.pending
+    assert held.lane.wait(0)  # nothing is under way, nor queued
+    held.step()  # which waits for it
+    assert copy.wait() == ""
+    other, _, _ = held.snapshot()
+    held.overlap.close()
+    assert other.wait() == ""
