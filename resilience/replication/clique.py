@@ -6,8 +6,9 @@ the rate) and closes with a frame that carries its digest. A failed owner says "
 is never silent. Receivers hash segments as they arrive, so that hashing hides behind the network, and refuse what does
 not match: a replica is the owner's bytes or it is nothing.
 
-Where holders compose replicas from their own live state (`snapshot/twins.py`), each first asks its owners for the whole
-of a shard, or, by the number of the layout that it has composed, for the rest.
+Holders first ask their owners: each says of which layout it has composed a shard from its own live state
+(`snapshot/twins.py`), or of which save the buffer that it is about to use still has one (`still.py`). Then only the
+rest is sent; the digest is of the whole all the same.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from resilience.errors import CorruptCopyError, PeerLostError
 from resilience.planning.inventory import SaveId
 from resilience.planning.pacing import is_piece
-from resilience.planning.travel import Range, pieces_of_ranges
+from resilience.planning.travel import MOST_RANGES, Range, are_ranges, pieces_of_ranges
 from resilience.replication.communicator import PROVED_TAG, Links, Transfer
 from resilience.replication.pace import Pace
+from resilience.replication.still import Still
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.twins import Twin
 from resilience.stores.digest import ALGORITHM, SegmentedDigest, is_digest, segments
@@ -32,9 +34,10 @@ from resilience.stores.digest import ALGORITHM, SegmentedDigest, is_digest, segm
 __all__ = ["CliqueExchange", "ExchangeBrokenError", "Inbox", "Offer", "Received"]
 
 _MAGIC: Final = 0x52455349_4C494531
-_OPENING, _SEGMENT, _CLOSING, _ASKING = 1, PROVED_TAG, 3, 4
-_OPENING_WORDS: Final = 8
-_ASKING_WORDS: Final = 5
+_OPENING, _SEGMENT, _CLOSING, _ASKING, _RANGES = 1, PROVED_TAG, 3, 4, 5
+_OPENING_WORDS: Final = 9
+_ASKING_WORDS: Final = 7
+_ALL, _NOT_COMPOSED, _NOT_HELD = 0, 1, 2  # what an owner sends of a shard
 _CLOSING_BYTES: Final = 128
 _LARGEST_SHARD: Final = 1 << 45
 
@@ -52,6 +55,8 @@ class Offer:
     rest: tuple[Range, ...] = ()
     #: By owner: replicas that this rank composed. The exchange takes out those that it takes charge of.
     twins: dict[int, Twin] = field(default_factory=dict)
+    #: By owner: buffers that have a shard of an earlier save, and of which. The exchange takes out those that it uses.
+    held: dict[int, tuple[Arena, SaveId]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class _Incoming:
     nbytes: int = 0
     arrived: int = 0
     composed: bool = False  # all but what comes was copied from this rank's own state
+    base: SaveId | None = None  # all but what comes is what the buffer has of this save
 
 
 @dataclass
@@ -119,6 +125,8 @@ class _Outgoing:
     delivered: dict[int, int]
     nbytes: int = 0
     ranges: dict[int, tuple[Range, ...]] = field(default_factory=dict)  # by holder, where it is not all
+    parts: dict[int, int] = field(default_factory=dict)  # by holder: which these are
+    asked: list[tuple[int, torch.Tensor, Transfer]] = field(default_factory=list)  # by holders, not looked at yet
     transfers: list[tuple[Transfer, int, int]] = field(default_factory=list)  # each with holder and bytes
 
 
@@ -133,15 +141,14 @@ class CliqueExchange:
         sources: Sequence[int],
         pace: Pace,
         algorithm: str = ALGORITHM,
-        *,
-        composing: bool = False,
+        still: Still | None = None,
     ) -> None:
         """`holders` receive this rank's shard, `sources` send theirs here; `algorithm`: of the digests of all.
 
-        `composing`: on all members, or on none.
+        `still`: knows what need not be sent.
         """
         self._algorithm = algorithm
-        self._composing = composing
+        self._still = still or Still()
         self.sent_bytes = 0  # of shards, in all exchanges so far, and what need not be sent
         self.spared_bytes = 0
         self.unequal: set[int] = set()  # owners whose composed shards did not match, in the newest exchange
@@ -176,8 +183,10 @@ class CliqueExchange:
         self.unequal = set()
         for owner in self._sources:
             incoming.append(self._expect(owner))
-        if self._composing:
-            self._ask(offer, outgoing)
+        self._ask(offer, outgoing)
+        self._still.begin(offer.save, offer.arena)
+        if offer.rest or self._still.expects_any:  # else nobody can be spared anything
+            self._hear(offer, outgoing)
         reasons: dict[int, str] = {}
         self._announce(offer, outgoing)
         for one in incoming:
@@ -187,10 +196,13 @@ class CliqueExchange:
             digest = offer.digest()
         for peer in self._holders:
             outgoing.transfers.append((self._links.send(_closing(digest), peer, _CLOSING), peer, 0))
-        received = [got for one in incoming if (got := self._finish(one, inbox, reasons)) is not None]
+        received = [got for one in incoming if (got := self._finish(one, offer.save, inbox, reasons)) is not None]
+        self._hear(offer, outgoing)
         for transfer, peer, nbytes in outgoing.transfers:
             self._links.wait(transfer)
-            outgoing.delivered[peer] += nbytes
+            if nbytes:  # not a word to an owner, who need not be a holder
+                outgoing.delivered[peer] += nbytes
+        self._still.end()
         return received, reasons
 
     @property
@@ -212,8 +224,11 @@ class CliqueExchange:
         piece = self._pace.piece(nbytes, len(self._holders))
         words = [_MAGIC, offer.save.iteration, offer.save.generation, self._rank, nbytes, int(nbytes > 0), piece]
         for peer in self._holders:
-            opening = torch.tensor([*words, int(peer in outgoing.ranges)], dtype=torch.int64)
+            part, ranges = outgoing.parts.get(peer, _ALL), outgoing.ranges.get(peer, ())
+            opening = torch.tensor([*words, part, len(ranges)], dtype=torch.int64)
             outgoing.transfers.append((self._links.send(opening, peer, _OPENING), peer, 0))
+            if part == _NOT_HELD:
+                outgoing.transfers.append((self._links.send(torch.tensor(ranges), peer, _RANGES), peer, 0))
 
     def _send(self, arena: Arena | None, outgoing: _Outgoing) -> None:
         if arena is None:
@@ -231,27 +246,43 @@ class CliqueExchange:
         self.spared_bytes += len(self._holders) * arena.nbytes - moving
 
     def _ask(self, offer: Offer, outgoing: _Outgoing) -> None:
-        """Tell the owners what is needed of their shards, and hear what the holders need of this rank's."""
+        """Tell the owners what is needed of their shards."""
         save = offer.save
-        asked = {peer: torch.zeros(_ASKING_WORDS, dtype=torch.int64) for peer in self._holders}
-        posted = [(peer, self._links.receive(asked[peer], peer, _ASKING)) for peer in self._holders]
+        for peer in self._holders:
+            words = torch.zeros(_ASKING_WORDS, dtype=torch.int64)
+            outgoing.asked.append((peer, words, self._links.receive(words, peer, _ASKING)))
         for owner in self._sources:
             composed = offer.twins[owner].layout_id if owner in offer.twins else 0
-            words = torch.tensor([_MAGIC, save.iteration, save.generation, self._rank, composed], dtype=torch.int64)
+            _, held = offer.held.get(owner, (None, None))
+            base = (0, 0) if held is None else (held.iteration, held.generation)
+            words = torch.tensor(
+                [_MAGIC, save.iteration, save.generation, self._rank, composed, *base], dtype=torch.int64
+            )
             outgoing.transfers.append((self._links.send(words, owner, _ASKING), owner, 0))
-        for peer, transfer in posted:
+
+    def _hear(self, offer: Offer, outgoing: _Outgoing) -> None:
+        """What the holders need of this rank's shard: before it is sent, if something may be spared; or at last."""
+        save = offer.save
+        for peer, asked, transfer in outgoing.asked:
             self._links.wait(transfer)
-            *frame, composed = asked[peer].tolist()
+            *frame, composed, iteration, generation = asked.tolist()
             if frame != [_MAGIC, save.iteration, save.generation, peer]:
                 raise PeerLostError(f"rank {peer} asked in another exchange: {frame[1:]}", rank=peer)
-            if offer.arena is not None and composed and composed == offer.layout_id:
-                outgoing.ranges[peer] = offer.rest
+            if offer.arena is None:
+                continue
+            if composed and composed == offer.layout_id:
+                outgoing.parts[peer], outgoing.ranges[peer] = _NOT_COMPOSED, offer.rest
+                continue
+            rest = self._still.rest(SaveId(iteration, generation, save.attempt)) if iteration else None
+            if rest is not None:
+                outgoing.parts[peer], outgoing.ranges[peer] = _NOT_HELD, rest
+        outgoing.asked.clear()
 
     def _open(self, one: _Incoming, offer: Offer, inbox: Inbox, reasons: dict[int, str]) -> None:
         """Read the opening frame and post the receives of what it announces."""
         self._links.wait(one.opened)
         save = offer.save
-        magic, iteration, generation, owner, nbytes, sending, piece, partly = one.opening.tolist()
+        magic, iteration, generation, owner, nbytes, sending, piece, part, count = one.opening.tolist()
         expected = (_MAGIC, save.iteration, save.generation, one.owner)
         if (
             (magic, iteration, generation, owner) != expected
@@ -269,19 +300,45 @@ class CliqueExchange:
             return
         one.nbytes = nbytes
         ranges: tuple[Range, ...] = ((0, nbytes),)
-        twin = offer.twins.get(one.owner)
-        if partly:
-            if twin is None or twin.slot.nbytes != nbytes:
-                raise PeerLostError(f"rank {one.owner} sends a rest that was not asked for", rank=one.owner)
-            one.slot, ranges, one.composed = offer.twins.pop(one.owner).slot, twin.rest, True
-        elif twin is not None and twin.slot.nbytes == nbytes:
-            one.slot = offer.twins.pop(one.owner).slot
+        if part == _NOT_COMPOSED:
+            ranges = self._open_composed(one, offer)
+        elif part == _NOT_HELD:
+            ranges = self._open_held(one, offer, count)
         else:
-            self._make_room(one, inbox, piece, reasons)
+            self._open_whole(one, offer, inbox, piece, reasons)
         one.pieces = tuple(
             _Piece(self._links.receive(self._landing(one, start, stop), one.owner, _SEGMENT), start, stop)
             for start, stop in pieces_of_ranges(ranges, piece)
         )
+
+    def _open_whole(self, one: _Incoming, offer: Offer, inbox: Inbox, piece: int, reasons: dict[int, str]) -> None:
+        twin, held = offer.twins.get(one.owner), offer.held.get(one.owner)
+        if twin is not None and twin.slot.nbytes == one.nbytes:
+            one.slot = offer.twins.pop(one.owner).slot
+        elif held is not None and held[0].nbytes == one.nbytes:
+            one.slot, _ = offer.held.pop(one.owner)
+        else:
+            self._make_room(one, inbox, piece, reasons)
+
+    def _open_composed(self, one: _Incoming, offer: Offer) -> tuple[Range, ...]:
+        twin = offer.twins.get(one.owner)
+        if twin is None or twin.slot.nbytes != one.nbytes:
+            raise PeerLostError(f"rank {one.owner} sends a rest that was not asked for", rank=one.owner)
+        one.slot, one.composed = offer.twins.pop(one.owner).slot, True
+        return twin.rest
+
+    def _open_held(self, one: _Incoming, offer: Offer, count: int) -> tuple[Range, ...]:
+        """Hear what comes: all but this is what the buffer has."""
+        held = offer.held.get(one.owner)
+        if held is None or held[0].nbytes != one.nbytes or not 0 < count <= MOST_RANGES:
+            raise PeerLostError(f"rank {one.owner} sends a rest that was not asked for", rank=one.owner)
+        words = torch.zeros(count, 2, dtype=torch.int64)
+        self._links.wait(self._links.receive(words, one.owner, _RANGES))
+        ranges = tuple((start, stop) for start, stop in words.tolist())
+        if not are_ranges(ranges, one.nbytes):
+            raise PeerLostError(f"rank {one.owner} sends ranges that are none of {one.nbytes} bytes", rank=one.owner)
+        one.slot, one.base = offer.held.pop(one.owner)
+        return ranges
 
     def _make_room(self, one: _Incoming, inbox: Inbox, piece: int, reasons: dict[int, str]) -> None:
         try:
@@ -310,7 +367,7 @@ class CliqueExchange:
                 digest.add(one.slot.mapped.view[start:stop])
         return digest.value()
 
-    def _finish(self, one: _Incoming, inbox: Inbox, reasons: dict[int, str]) -> Received | None:
+    def _finish(self, one: _Incoming, save: SaveId, inbox: Inbox, reasons: dict[int, str]) -> Received | None:
         """Take in what arrives, read the closing frame, compare."""
         digest = self._arrive(one)
         if one.closed is None:
@@ -323,10 +380,12 @@ class CliqueExchange:
         except CorruptCopyError as error:
             announced, reasons[one.owner] = None, str(error)
         if announced is not None and announced == digest:
+            one.slot.holds = save
             return Received(one.owner, one.slot, one.nbytes, announced, one.composed)
         if announced is not None:
             self.unequal |= {one.owner} if one.composed else set()
-            reasons[one.owner] = f"its bytes arrived with digest {digest}, it announced {announced}"
+            kept = "" if one.base is None else f" (all but what was kept of iteration {one.base.iteration})"
+            reasons[one.owner] = f"its bytes{kept} arrived with digest {digest}, it announced {announced}"
         else:
             reasons.setdefault(one.owner, "it gave up this save")
         slot, one.slot = one.slot, None

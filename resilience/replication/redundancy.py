@@ -7,15 +7,17 @@ schemes cost and where they put things is `planning/schemes.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final, Protocol
 
 from resilience.errors import PeerLostError
-from resilience.planning.inventory import Kept, ParityCover, ParityName
+from resilience.planning.inventory import Kept, ParityCover, ParityName, SaveId
 from resilience.planning.topology import Topology
 from resilience.replication.clique import CliqueExchange, Offer
 from resilience.replication.communicator import Links
 from resilience.replication.pace import Pace
 from resilience.replication.parity import ParityExchange
+from resilience.replication.still import Still
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.twins import Twins
 from resilience.stores.digest import digest_of
@@ -63,8 +65,9 @@ class ReplicaRedundancy:
         self, links: Links, rank: int, topology: Topology, pace: Pace, keeper: ShardKeeper, twins: Twins | None
     ) -> None:
         holders, sources = topology.holders[rank], topology.held()[rank]
-        algorithm, composing = keeper.store.seal.digest_algorithm, twins is not None
-        self._exchange = CliqueExchange(links, rank, holders, sources, pace, algorithm, composing=composing)
+        self._sources = sources
+        algorithm, still = keeper.store.seal.digest_algorithm, Still(look_at_once=True)
+        self._exchange = CliqueExchange(links, rank, holders, sources, pace, algorithm, still)
         self._keeper = keeper
         self._twins = twins
 
@@ -77,7 +80,13 @@ class ReplicaRedundancy:
         return self._exchange.sent_bytes, self._exchange.spared_bytes
 
     def protect(self, offer: Offer, lacks: Lacks, *, split: bool) -> list[str]:
-        received, reasons = self._exchange.run(offer, self._keeper)
+        held, came = self._held(offer), dict[int, int]()
+        try:
+            received, reasons = self._exchange.run(replace(offer, held=held), self._keeper)
+            came = {got.owner: got.nbytes for got in received}
+        finally:
+            for owner, (slot, _) in held.items():  # that the exchange did not use; of another layout, it is over
+                self._keeper.discard(owner, slot, reusable=came.get(owner, slot.nbytes) == slot.nbytes)
         problems = [f"rank {owner}: {reason}" for owner, reason in reasons.items() if lacks(owner)]
         for got in received:
             if not lacks(got.owner):  # sent for another holder's sake, after a restart
@@ -97,6 +106,11 @@ class ReplicaRedundancy:
             owners = ", ".join(map(str, sorted(self._exchange.unequal)))
             raise UnequalCopiesError(f"what this rank has in common with rank {owners} is not equal to it any more")
         return problems
+
+    def _held(self, offer: Offer) -> dict[int, tuple[Arena, SaveId]]:
+        """Buffers that have shards of earlier saves, for those owners of whom nothing was composed."""
+        found = {owner: self._keeper.holding_slot(owner) for owner in self._sources if owner not in offer.twins}
+        return {owner: slot for owner, slot in found.items() if slot is not None}
 
     def close(self, *, failed: bool = False) -> None:
         self._exchange.close(failed=failed)

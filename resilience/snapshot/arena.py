@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from resilience.planning.inventory import SaveId
 from resilience.snapshot.layout import Layout, PlacedPiece, ShardIdentity
 from resilience.stores.filesystem import MappedFile
 
@@ -26,6 +27,8 @@ class Arena:
         self.layout: Layout | None = None
         self.views: list[torch.Tensor] = []
         self.content = bytes_of(mapped)
+        #: Of which save it has a verified shard, as long as nobody may write to it.
+        self.holds: SaveId | None = None
         self._unlock: weakref.finalize[[], Arena] | None = None
 
     @property

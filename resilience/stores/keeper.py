@@ -87,8 +87,7 @@ class ShardKeeper:
             )
             fitting = self._fitting(owner, nbytes)
             if fitting:
-                self._free[owner].remove(fitting[0])
-                return fitting[0]
+                return self._taken(owner, fitting[0])
             stale = self._begin_making(owner, nbytes)
         if reserved:
             return self._make(owner, nbytes, stale, always, ahead=False)
@@ -98,10 +97,25 @@ class ShardKeeper:
         """A free buffer of exactly `nbytes` for `owner`'s shard, if there is one. Does not wait and makes none."""
         with self._changed:
             fitting = self._fitting(owner, nbytes)
-            if not fitting:
+            return self._taken(owner, fitting[0]) if fitting else None
+
+    def holding_slot(self, owner: Kept) -> tuple[Arena, SaveId] | None:
+        """A free buffer that still has a verified shard of `owner`, the newest one, and of which save.
+
+        Does not wait and makes none.
+        """
+        with self._changed:
+            holding = [(arena.holds, arena) for arena in self._free.get(owner, ()) if arena.holds is not None]
+            if not holding:
                 return None
-            self._free[owner].remove(fitting[0])
-            return fitting[0]
+            save, arena = max(holding, key=lambda each: (each[0].generation, each[0].iteration))
+            return self._taken(owner, arena), save
+
+    def _taken(self, owner: Kept, arena: Arena) -> Arena:
+        """Out of the free ones, and to be written to; under the lock."""
+        self._free[owner].remove(arena)
+        arena.holds = None
+        return arena
 
     def reserve_room(self, arena: Arena, stop: int, wanted: Callable[[], bool]) -> None:
         """Give a buffer room up to byte `stop`. StoreError if there is none; ECANCELED once `wanted()` says no."""

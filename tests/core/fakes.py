@@ -14,7 +14,8 @@ from resilience.snapshot.arena import Arena
 from resilience.stores.filesystem import PosixFileSystem
 
 FS = PosixFileSystem()
-SEND_TAGS = {"opening": 1, "segment": 2, "closing": 3}
+SEND_TAGS = {"opening": 1, "segment": 2, "closing": 3, "asking": 4}
+RANGES_TAG = 5
 
 
 @dataclass

@@ -118,7 +118,24 @@ def _overlapped(h: Any, seed: int) -> Any:
     return h.History(seed, steps=60, interval=1, eagerness=0.05, resiliency=overlapped, faults=(kill,))
 
 
+def _thawed(h: Any, seed: int) -> Any:
+    """A node is lost some saves after what was still for long has changed."""
+    return h.History(seed, steps=90, interval=1, faults=(h.Fault("lose", 0, "train", 1, 1200 + 60 * seed),))
+
+
 DEFECTS = (
+    Defect(
+        "what was still of late is taken for still, and a holder believes what it put together",
+        (
+            Patch("replication/still.py", "if there.get(number) == digest]", "if number in there and digest]"),
+            Patch(
+                "replication/clique.py",
+                "announced is not None and announced == digest:",
+                "announced is not None and (announced == digest or one.base):",
+            ),
+        ),
+        histories=_thawed,
+    ),
     Defect(
         "a receiver does not compare the digest of a replica",
         (Patch("replication/clique.py", "announced is not None and announced == digest:", "announced is not None:"),),

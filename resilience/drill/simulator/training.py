@@ -42,13 +42,20 @@ class _Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(256, 16), requires_grad=False)
+        self.base = torch.nn.Parameter(torch.ones(256, 16), requires_grad=False)
         self.mean: torch.Tensor
         self.register_buffer("mean", torch.zeros(16))
 
 
-def _change(weight: torch.Tensor, row: int, all_rows: float, one_row: float) -> None:
+_THAWS_EVERY = 24  # iterations
+
+
+def _change(weight: torch.Tensor, base: torch.Tensor, iteration: int, all_rows: float, one_row: float) -> None:
+    """`base` is as it was in nearly all steps, so that it need not travel."""
     weight.mul_(0.5).add_(all_rows)
-    weight[row] += one_row
+    weight[iteration % 256] += one_row
+    if iteration % _THAWS_EVERY == 0:
+        base[iteration % 256] += one_row
 
 
 class _Steps(torch.optim.Optimizer):
@@ -59,7 +66,7 @@ class _Steps(torch.optim.Optimizer):
 
     def step(self, change: Any = None) -> None:  # type: ignore[override]
         with torch.no_grad():
-            _change(self.param_groups[0]["params"][0], *change)
+            _change(*self.param_groups[0]["params"], *change)
 
     def watch(self, before: Callable[[], None]) -> Any:
         return self.register_step_pre_hook(lambda *_: before())
@@ -99,10 +106,10 @@ class Training:
 
     def step(self, iteration: int) -> None:
         shared = random.Random(f"{self._salt}/{iteration}")
-        change = (iteration % 256, shared.random(), shared.random())
+        change = (iteration, shared.random(), shared.random())
         with torch.no_grad():
             if self._optimizer is None:
-                _change(self._model.weight, *change)
+                _change(self._model.weight, self._model.base, *change)
             self._model.mean.mul_(0.9).add_(shared.random())
             self._own.past.mul_(0.5).add_(random.Random(f"{self._salt}/{iteration}/{self._rank}").random())
         self._own.samples += 1 + self._rank
@@ -111,7 +118,8 @@ class Training:
 
     def digest(self) -> str:
         hasher = xxhash.xxh3_128()
-        for tensor in (self._model.weight.detach(), self._model.mean, self._own.past):
+        model = self._model
+        for tensor in (model.weight.detach(), model.base.detach(), model.mean, self._own.past):
             hasher.update(tensor.numpy().tobytes())
         hasher.update(str(self._own.samples).encode())
         return hasher.hexdigest()

@@ -68,7 +68,6 @@ class Rank:
         )  # fmt: skip
         self.talk = CliqueExchange(
             FakeLinks(wire, self.number), self.number, (other,), (other,), Pace(None, time.monotonic, time.sleep),
-            composing=True,
         )  # fmt: skip
         try:
             received, reasons = self.talk.run(offer, self.inbox)
@@ -192,9 +191,7 @@ def test_an_owner_that_failed_leaves_the_composed_slot_to_whoever_gave_it(tmp_pa
 
     def failed() -> None:
         offer = Offer(SAVE, None, lambda: None, twins=composed[0])
-        ranks[0].talk = CliqueExchange(
-            FakeLinks(wire, 0), 0, (1,), (1,), Pace(None, time.monotonic, time.sleep), composing=True
-        )
+        ranks[0].talk = CliqueExchange(FakeLinks(wire, 0), 0, (1,), (1,), Pace(None, time.monotonic, time.sleep))
         received, reasons = ranks[0].talk.run(offer, ranks[0].inbox)
         ranks[0].ended = received, dict(reasons)
 

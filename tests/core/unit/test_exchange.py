@@ -200,6 +200,15 @@ def test_a_frame_of_another_exchange_ends_this_one_before_a_byte_is_allocated(
     assert first.inbox.discarded == []
 
 
+def wire_from_holders(*holders: int, exchanges: int = 1, **given: Any) -> Wire:
+    """On which holders who are not there have asked rank 0 for the whole of its shards."""
+    wire = Wire(**given)
+    for holder in holders * exchanges:
+        asked = [clique._MAGIC, SAVE.iteration, SAVE.generation, holder, 0, 0, 0]
+        wire.box(holder, 0, SEND_TAGS["asking"]).put(torch.tensor(asked))
+    return wire
+
+
 def test_under_a_cap_the_vote_comes_first_and_the_pieces_to_all_holders_keep_to_the_rate(tmp_path: Path) -> None:
     told: list[Any] = []
     clock = Clock()
@@ -214,7 +223,8 @@ def test_under_a_cap_the_vote_comes_first_and_the_pieces_to_all_holders_keep_to_
 
     arena = Arena(FS.create_mapping(tmp_path / "own", 300_000))
     pace = Pace(100_000.0, clock.now, clock.sleep)
-    exchange = CliqueExchange(FakeLinks(Wire(alter=note), 0), 0, (1, 2), (), pace)
+    wire = wire_from_holders(1, 2, exchanges=2, alter=note)
+    exchange = CliqueExchange(FakeLinks(wire, 0), 0, (1, 2), (), pace)
     exchange.run(Offer(SAVE, arena, digest), CountingInbox(tmp_path / "in"))
     exchange.run(Offer(SAVE, arena, digest), CountingInbox(tmp_path / "in"))
     assert told[0] == (0.0, "voted", 0)
@@ -235,7 +245,7 @@ def test_under_a_cap_a_void_save_costs_no_traffic(tmp_path: Path) -> None:
 
     arena, clock = arena_of(tmp_path / "own", 0), Clock()
     pace = Pace(1.0, clock.now, clock.sleep)
-    exchange = CliqueExchange(FakeLinks(Wire(alter=note), 0), 0, (1,), (), pace)
+    exchange = CliqueExchange(FakeLinks(wire_from_holders(1, alter=note), 0), 0, (1,), (), pace)
     exchange.run(Offer(SAVE, arena, lambda: None), CountingInbox(tmp_path / "in"))
     assert tags == [SEND_TAGS["opening"], SEND_TAGS["closing"]]
 
