@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks import figures as told
 from benchmarks.device_figures import device_figures, measure_device
+from benchmarks.growth_figures import growth_figures, measure_growth
 from benchmarks.overlap_figures import measure_overlap, overlap_figures
 from benchmarks.persistent_figures import persistent_figures
 from benchmarks.persistent_rounds import measure_persistent
@@ -43,6 +44,7 @@ _PARTS: Final = (
     "persistent",
     "device",
     "overlap",
+    "growth",
     "saves",
 )
 _MOUNT: Final = Path("/dev/shm")
@@ -116,6 +118,11 @@ def _overlap(settings: Settings, directory: Path, options: argparse.Namespace) -
     return found, overlap_figures(found)
 
 
+def _growth(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
+    found = measure_growth(settings, directory, _say)
+    return found, growth_figures(found)
+
+
 _Part = Callable[[Settings, Path, argparse.Namespace], tuple[Any, list[told.Figure]]]
 _PART: Final[dict[str, _Part]] = {
     "imports": _imports,
@@ -126,6 +133,7 @@ _PART: Final[dict[str, _Part]] = {
     "persistent": _persistent,
     "device": _device,
     "overlap": _overlap,
+    "growth": _growth,
     "saves": _saves,
 }
 

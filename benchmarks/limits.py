@@ -21,8 +21,10 @@ __all__ = ["Limits"]
 class Limits:
     """Warm buffers of a shard's size: the source in ordinary memory, like live tensors; the targets on the mount."""
 
-    def __init__(self, place: Place) -> None:
-        nbytes = place.settings.shard_bytes
+    def __init__(self, place: Place, nbytes: int | None = None, repeat: int = 1) -> None:
+        """`nbytes`: of the buffers, unless those of a shard. `repeat`: all is done so many times over."""
+        nbytes = place.settings.shard_bytes if nbytes is None else nbytes
+        self._repeat = repeat
         files = PosixFileSystem()
         self._source = torch.full((nbytes,), place.rank + 1, dtype=torch.uint8)
         paths = [place.directory / f"{name}-{place.rank}.buffer" for name in ("out", "in")]
@@ -32,6 +34,7 @@ class Limits:
         self._out, self._in = (torch.frombuffer(mapped.view, dtype=torch.uint8) for mapped in self._mapped)
         self._segments = list(segments(nbytes))
         self._rank = place.rank
+        self._next, self._before = (place.rank + 1) % place.size, (place.rank - 1) % place.size
         store: Any = dist.distributed_c10d._get_default_store()
         self._group: Any = dist.ProcessGroupGloo(
             PrefixStore("benchmark-links", store), place.rank, place.size, timedelta(seconds=120)
@@ -42,27 +45,29 @@ class Limits:
 
     def memcpy(self) -> dict[str, Any]:
         """A warm copy of one shard's bytes, on all ranks at once."""
-        return {"seconds": timed(lambda: self._out.copy_(self._source))}
+        return {"seconds": self._repeat * timed(lambda: self._out.copy_(self._source))}
 
     def hash(self) -> dict[str, Any]:
         """xxh3-128 of the shard, segment by segment."""
         view = self._mapped[0].view
-        return {"seconds": timed(lambda: [xxhash.xxh3_128_digest(view[a:b]) for a, b in self._segments])}
+        hashed = timed(lambda: [xxhash.xxh3_128_digest(view[a:b]) for a, b in self._segments])
+        return {"seconds": self._repeat * hashed}
 
     def gloo(self) -> dict[str, Any]:
-        """The shard to the peer and the peer's here: all receives, then all sends posted, waited for in order."""
-        return {"seconds": timed(lambda: _wait(self._receive() + self._send()))}
+        """The shard to the next rank and the one before's here: all receives, then all sends posted, waited for in
+        order."""
+        return {"seconds": self._repeat * timed(lambda: _wait(self._receive() + self._send()))}
 
     def gloo_one_way(self) -> dict[str, Any]:
-        """Two shards' bytes from rank 0 to rank 1, as a rank that lost its node fetches them."""
+        """Two shards' bytes from rank 0 of two to rank 1, as a rank that lost its node fetches them."""
         way = self._send if self._rank == 0 else self._receive
         return {"seconds": timed(lambda: _wait(way() + way()))}
 
     def _receive(self) -> list[Any]:
-        return [self._group.recv([self._in[a:b]], 1 - self._rank, 1) for a, b in self._segments]
+        return [self._group.recv([self._in[a:b]], self._before, 1) for a, b in self._segments]
 
     def _send(self) -> list[Any]:
-        return [self._group.send([self._out[a:b]], 1 - self._rank, 1) for a, b in self._segments]
+        return [self._group.send([self._out[a:b]], self._next, 1) for a, b in self._segments]
 
     def close(self) -> None:
         self._group.abort()

@@ -37,6 +37,7 @@ _ROLES: Final = {
     "redundancy": "benchmarks.redundancy",
     "device": "benchmarks.device",
     "overlap": "benchmarks.overlap",
+    "growth": "benchmarks.growth",
 }
 
 

@@ -84,4 +84,6 @@ def _plain(found: Any) -> Any:
         return found.samples
     if isinstance(found, Mapping):
         return {str(key): _plain(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_plain(each) for each in found]
     return found

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from benchmarks.limits import Limits
 from benchmarks.rank import Place, timed
 from benchmarks.rivals import Rivals
-from benchmarks.state import Weights, adam_for, half_of
+from benchmarks.state import Weights, adam_for, changes, half_of
 from resilience import CheckpointConfig, ResiliencyConfig, ResiliencyController, TrainingState
 from resilience.observe.events import read_events
 
@@ -29,8 +29,17 @@ _STEP_S: Final = 0.02  # of the device-bound loop
 class Saver:
     """A controller whose boundaries are at our command."""
 
-    def __init__(self, place: Place, name: str, state: TrainingState, *, replication: bool) -> None:
-        """Collective; elects and restores."""
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        state: TrainingState,
+        *,
+        replication: bool,
+        change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Collective; elects and restores. `change`s the state before each save."""
+        self._change = change
         self._events = place.directory / f"events-{name}"
         self._node = f"node{place.rank}"
         checkpoint = CheckpointConfig(
@@ -53,6 +62,7 @@ class Saver:
         iteration = (self.controller.iteration // _INTERVAL + 1) * _INTERVAL
         while self.controller.iteration < iteration - 1:
             self.controller.after_step(self.controller.iteration + 1)
+        self._change()
         return timed(lambda: self.controller.after_step(iteration))
 
     def settle(self) -> None:
@@ -81,9 +91,9 @@ class Saver:
 class OurSaves:
     """The measures of our saves."""
 
-    def __init__(self, place: Place, state: TrainingState) -> None:
-        self._alone = Saver(place, "alone", state, replication=False)
-        self._replicated = Saver(place, "replicated", state, replication=True)
+    def __init__(self, place: Place, state: TrainingState, change: Callable[[], None]) -> None:
+        self._alone = Saver(place, "alone", state, replication=False, change=change)
+        self._replicated = Saver(place, "replicated", state, replication=True, change=change)
 
     def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
         return {
@@ -136,7 +146,7 @@ class _SavesBench:
         place.node_directory.mkdir(exist_ok=True)
         self._limits = Limits(place)
         self._rivals = Rivals(place, half_of(model, optimizer, place.rank))
-        self._ours = OurSaves(place, TrainingState(model, optimizer))
+        self._ours = OurSaves(place, TrainingState(model, optimizer), changes(model, optimizer))
 
     def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
         return self._limits.measures() | self._rivals.measures() | self._ours.measures()

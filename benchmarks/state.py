@@ -5,12 +5,14 @@ The others (torch.save, DCP, NVRx) get the half cut out beforehand; ours starts 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from benchmarks.settings import RANKS, Settings
 
-__all__ = ["Weights", "adam_for", "half_of"]
+__all__ = ["Weights", "adam_for", "changes", "half_of"]
 
 
 class Weights(nn.Module):
@@ -42,3 +44,17 @@ def half_of(model: Weights, optimizer: torch.optim.Adam, rank: int) -> dict[str,
         for moment in ("exp_avg", "exp_avg_sq"):
             half[f"layers.{position}.{moment}"] = optimizer.state[parameter][moment]
     return half
+
+
+def changes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
+    """What a step does to a state as far as a save can tell: something of every tensor is another value.
+
+    Else nothing would have to be sent at a save.
+    """
+    moments = [] if optimizer is None else [each for state in optimizer.state.values() for each in state.values()]
+    firsts = [tensor.detach().reshape(-1)[:1] for tensor in (*model.parameters(), *moments)]
+
+    def change() -> None:
+        torch._foreach_add_(firsts, 1.0)
+
+    return change

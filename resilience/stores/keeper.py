@@ -128,7 +128,8 @@ class ShardKeeper:
         for records; ECANCELED once `wanted()` says no.
         """
         with self._changed:
-            there = self._buffers.get(owner, set()) - set(self._stale(owner, nbytes))
+            held_here = {id(arena) for arena in self._held.values()}  # of another layout, free or lent, it will go
+            there = [a for a in self._buffers.get(owner, ()) if a.nbytes == nbytes or id(a) in held_here]
             unmapped = sum(1 for key, held in self._held.items() if key[1] == owner and held is None)
             count = len(there) + self._making.get(owner, 0) + (unmapped if self.file_is_arena else 0)
             if count >= total or not wanted():

@@ -354,3 +354,52 @@ def test_nothing_is_made_ahead_where_no_room_would_be_left_for_records(memory_mo
     assert raised.value.errno == errno.ENOSPC
     keeper.unpin(keeper.take_arena(SIZE, 3, 1.0))
     keeper.close()
+
+
+def replica(keeper: ShardKeeper, iteration: int, nbytes: int = SIZE) -> Arena:
+    """A committed copy of rank 1's shard, as one that came and was verified."""
+    slot = keeper.slot(1, nbytes)
+    digest = fill(slot, b"%d" % (iteration % 10))
+    slot.holds = save_at(iteration)
+    keeper.commit(save_at(iteration), 1, slot, digest, role="replica", split=False)
+    return slot
+
+
+def test_a_free_buffer_still_holds_its_newest_shard_until_somebody_may_write_to_it(keeper: ShardKeeper) -> None:
+    assert keeper.holding_slot(1) is None
+    replica(keeper, 5)
+    replica(keeper, 6)
+    for iteration in (5, 6):
+        keeper.delete(save_at(iteration))
+    held = keeper.holding_slot(1)
+    assert held is not None
+    slot, save = held
+    assert save == save_at(6)
+    assert bytes(slot.mapped.view) == b"6" * SIZE
+    assert slot.holds is None, "it is about to be written to"
+    keeper.discard(1, slot, reusable=True)
+    if keeper.file_is_arena:  # on a disk one buffer served both
+        other = keeper.holding_slot(1)
+        assert other is not None
+        assert other[1] == save_at(5)
+    assert keeper.holding_slot(1) is None
+
+
+@pytest.mark.parametrize("take", ["slot", "warm_slot"])
+def test_a_buffer_that_was_given_out_holds_nothing_any_more(keeper: ShardKeeper, take: str) -> None:
+    replica(keeper, 5)
+    keeper.delete(save_at(5))
+    slot = getattr(keeper, take)(1, SIZE)
+    keeper.discard(1, slot, reusable=True)
+    assert keeper.holding_slot(1) is None
+
+
+def test_a_buffer_of_another_layout_that_is_out_does_not_stand_for_one_that_is_wanted(keeper: ShardKeeper) -> None:
+    replica(keeper, 5)
+    keeper.delete(save_at(5))
+    held = keeper.holding_slot(1)
+    assert held is not None
+    assert keeper.reserve(1, 2 * SIZE, 1, always)
+    assert not keeper.reserve(1, 2 * SIZE, 1, always)
+    keeper.discard(1, held[0], reusable=False)
+    assert not held[0].mapped.path.exists()
