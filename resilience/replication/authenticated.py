@@ -37,8 +37,6 @@ _NONCE_BYTES: Final = 16
 class Session(Protocol):
     """How the ranks of one start talk."""
 
-    @property
-    def keyed(self) -> bool: ...
     def agreements(self, group: Agreements, name: str) -> Agreements:
         """`group`, authenticated; `name` is the same on all members and no other group's."""
         ...
@@ -48,8 +46,6 @@ class Session(Protocol):
 
 class OpenSession:
     """Without a key: everything as it comes."""
-
-    keyed = False
 
     def agreements(self, group: Agreements, name: str) -> Agreements:
         return group
@@ -63,8 +59,6 @@ OPEN: Final = OpenSession()
 
 class KeyedSession:
     """With a key. `name`: of the session, the same on all ranks and of no other start."""
-
-    keyed = True
 
     def __init__(self, seal: Seal, name: bytes) -> None:
         self._seal = seal

@@ -21,10 +21,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from resilience.errors import PeerLostError
 from resilience.planning.fan_in import WIDEST, fan_in
 from resilience.replication.authenticated import OPEN, Session
+from resilience.replication.background_control import BackgroundControl
 from resilience.replication.communicator import Agreements, Control, Links, SoloAgreements, SoloControl
 from resilience.replication.links import GlooLinks
 from resilience.replication.liveness import Liveness, Vigil
-from resilience.replication.tree import Stage, Tree, TreeControl
+from resilience.replication.tree import Stage, Tree
 
 __all__ = ["UNBOUNDED", "TorchCommunicator", "connect"]
 
@@ -77,9 +78,8 @@ class TorchCommunicator:
             return SoloControl()
         members = tuple(range(self.world_size))
         levels = fan_in(members, nodes, self._widest)
-        if len(levels) == 1 and not self._session.keyed:
-            return _GlooControl(self._group(self._store, name, members), members, self._liveness)
-        return TreeControl(self._tree(name, members, levels))
+        several = len(levels) > 1
+        return BackgroundControl(self._tree(name, members, levels) if several else self._flat(name, members))
 
     def links(self, name: str, ranks: Sequence[int], wanted: Callable[[], bool] = lambda: True) -> Links:
         members = tuple(ranks)
@@ -262,28 +262,6 @@ def _padded(payload: bytes, nbytes: int) -> torch.Tensor:
 
 def _cut(received: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[bytes]:
     return [tensor.numpy().tobytes()[:size] for tensor, size in zip(received, sizes, strict=True)]
-
-
-class _GlooControl(_GlooGroup):
-    def __init__(self, group: Group, members: tuple[int, ...], liveness: Liveness) -> None:
-        super().__init__(group, members, liveness, "control exchange")
-        self._tensor = torch.zeros(0, dtype=torch.int64)
-        self._words = self._tensor.numpy()
-        self._work: Any = None
-
-    def start(self, values: Sequence[int]) -> None:
-        if len(values) != len(self._words):
-            self._tensor = torch.zeros(len(values), dtype=torch.int64)
-            self._words = self._tensor.numpy()
-        self._words[:] = values  # what was in it was reduced, and read
-        self._work = _reduce_maximum(self._live(), self._tensor)
-        self._works = [self._work]
-
-    def result(self) -> list[int]:
-        if self._work is not None:
-            self._finish(self._work)
-            self._work = None
-        return self._words.tolist()  # type: ignore[no-any-return]
 
 
 def _maximum_options() -> Any:

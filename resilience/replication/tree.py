@@ -8,8 +8,6 @@ notice by themselves: by their sockets, or by the heart that stands still.) Afte
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,12 +15,10 @@ from typing import Final
 from resilience.errors import PeerLostError
 from resilience.replication.communicator import Agreements
 
-__all__ = ["Stage", "Tree", "TreeControl"]
+__all__ = ["Stage", "Tree"]
 
 _UNKNOWN: Final = 1  # somebody is lost; else the rank + 2
 _WELL, _LOST = b"+", b"-"
-_LOOK_S: Final = 0.5
-_JOIN_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -142,53 +138,6 @@ class Tree:
         heard = PeerLostError(f"{self._name}: {whom} is lost, other ranks say", rank=rank if rank >= 0 else None)
         self._lost = self._lost or heard
         return self._lost
-
-
-class TreeControl:
-    """The control exchange over a tree: a thread of its own takes each one up and down."""
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._changed = threading.Condition()
-        self._started: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
-        self._under_way = 0
-        self._result: list[int] = []
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="resilience-control", daemon=True)
-        self._thread.start()
-
-    def start(self, values: Sequence[int]) -> None:
-        with self._changed:
-            self._under_way += 1
-        self._started.put(list(values))
-
-    def result(self) -> list[int]:
-        with self._changed:
-            while self._under_way and self._error is None:
-                self._changed.wait(_LOOK_S)
-                if not self._thread.is_alive():
-                    raise PeerLostError("the control exchange is closed")
-            if self._error is not None:
-                raise self._error
-            return list(self._result)
-
-    def close(self) -> None:
-        self._started.put(None)
-        self._tree.close()  # whoever still waits in a stage is woken
-        self._thread.join(timeout=_JOIN_S)
-
-    def _run(self) -> None:
-        while (values := self._started.get()) is not None:
-            error: Exception | None = None
-            merged: list[int] = []
-            try:
-                merged = self._tree.maximum(values)
-            except Exception as raised:  # noqa: BLE001 - the training thread raises it, whatever it is
-                error = raised
-            with self._changed:
-                self._result, self._error = merged, error
-                self._under_way -= 1
-                self._changed.notify_all()
 
 
 def _pack(payloads: Sequence[bytes]) -> bytes:
