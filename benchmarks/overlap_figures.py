@@ -19,6 +19,7 @@ _LIMITS: Final = ("memcpy", "gloo", "hash")
 _MODES: Final = ("eager", "overlapped")
 #: Small tensors, or none, and whether each rank stores all that it has. Of 1,667 with Adam's moments there are 5,001.
 _SHAPES: Final = {"large": (0, False), "small": (1667, True), "halves": (3334, False)}
+_QUICK: Final = {"large": (0, False)}
 _LOOPS: Final = [(kind, mode) for kind in ("device", "cpu") for mode in ("bare", *_MODES)]
 _PAIRS: Final = 7
 _STEPS: Final = 12  # of a loop
@@ -29,8 +30,8 @@ def measure_overlap(settings: Settings, directory: Path, say: Callable[[str], No
     as `<limit>_<shape>`."""
     found: dict[str, list[float]] = defaultdict(list)
     quick = settings.layers == QUICK.layers
-    for shape, (small, whole) in _SHAPES.items():
-        options = {"small": min(small, 8) if quick else small, "whole": whole}
+    for shape, (small, whole) in (_QUICK if quick else _SHAPES).items():
+        options = {"small": small, "whole": whole}
         with Crew("overlap", settings, directory / f"overlap-{shape}", options=options) as crew:
             for number in range(-1, min(settings.rounds, 11)):
                 say(f"overlap: {shape}, round {number + 1}" if number >= 0 else f"overlap: {shape}, warm-up")
@@ -77,6 +78,8 @@ def overlap_figures(found: Mapping[str, Series]) -> list[Figure]:
         ("eager", "small", "eager stall, 5,001 tensors of 51 KB", 1.15),
         ("eager", "halves", "eager stall, 5,001 of 10,002 tensors of 51 KB", None),
     ):
+        if f"{mode}_{shape}" not in found:
+            continue
         stall, memcpy = found[f"{mode}_{shape}"], found[f"memcpy_{shape}"]
         bound = None if goal is None else Goal("at most", goal)
         figures.append(Figure(f"{mode}_{shape}", words, stall, "memcpy", memcpy, stall / memcpy, bound))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.figures import Figure, Goal, planning_figures, save_figures
+from benchmarks.growth_chart import chart
 from benchmarks.nvrx_env import nvrx_python
 from benchmarks.series import Series
 from benchmarks.settings import FULL, QUICK, Settings
@@ -74,6 +76,26 @@ def test_a_quick_run_protects_a_shard_by_every_scheme(tmp_path: Path, repository
     for figure in figures.values():
         check_shape(figure)
     assert document["measured_s"]["redundancy"].keys() == {*figures, "lanes", "lanes.nbytes"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_quick_run_shows_how_saves_grow_and_what_they_cost_at_every_step(tmp_path: Path, repository: Path) -> None:
+    document = run_benchmarks(tmp_path, repository, "--only", "growth", "--only", "overlap", "--rounds", "1")
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    assert {"overlapped_large", "eager_large", "loop_device_overlapped", "overhead_cpu_eager"} <= set(figures)
+    assert {"growth_tensors_4_eager", "growth_tensors_16_overlapped", "growth_tensors_4_committed"} <= set(figures)
+    drawn = chart(document["measured_s"]["growth"])
+    assert drawn.count("<circle") == 2 * 3 - 1  # of one rank nothing goes over a network
+
+
+def test_the_picture_of_growth_shows_the_median_of_ratios_and_leaves_out_what_was_not_measured() -> None:
+    entry = {"shard_bytes": 1 << 20, "tensors": 4, "ranks": 1, "frozen": 0.0}
+    entry |= {"eager.stall": [1.0, 4.0, 9.0], "eager.memcpy": [1.0, 2.0, 3.0]}  # type: ignore[dict-item]
+    drawn = chart({"bytes": [entry]})
+    assert drawn.count("<circle") == 1
+    at_two = 62.0 + 190.0 * (1 - math.log10(2.0 / 0.01) / 3)
+    assert f'cy="{at_two:.2f}"' in drawn
 
 
 def test_settings_reach_other_processes_as_they_are() -> None:
