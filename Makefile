@@ -88,4 +88,4 @@ docs: $(VENV)/.docs
 	@echo "docs/_site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-nvrx* .venv-megatron* demo-out bench-out docs/_site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-nvrx* .venv-peers* .venv-megatron* demo-out bench-out docs/_site .pytest_cache .mypy_cache .ruff_cache .hypothesis

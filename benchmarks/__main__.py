@@ -99,7 +99,8 @@ def _redundancy(settings: Settings, directory: Path, options: argparse.Namespace
 
 
 def _saves(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
-    found = measure_saves(settings, directory, _say, with_nvrx=not options.without_nvrx)
+    others = {"with_nvrx": not options.without_nvrx, "with_peers": not options.without_peers}
+    found = measure_saves(settings, directory, _say, **others)
     return found, told.save_figures(found)
 
 
@@ -145,6 +146,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="how often each thing is measured (default: 20, or less)")
     parser.add_argument("--only", action="append", choices=_PARTS, help="measure only this part (repeatable)")
     parser.add_argument("--without-nvrx", action="store_true", help="do not make an environment for NVRx")
+    parser.add_argument("--without-peers", action="store_true", help="nor for the other packages that are compared")
     return parser.parse_args(arguments)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from benchmarks.peers import PEERS
 from benchmarks.series import Series
 
 __all__ = [
@@ -26,6 +27,7 @@ Samples = Mapping[str, Series]
 
 _SHORTER = "times shorter stall than"
 _SOONER = "times sooner committed on one node than"
+_SOONER_ON_BOTH = "times sooner committed on both nodes than"
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,7 @@ def save_figures(found: Samples) -> list[Figure]:
         figures += [
             _faster("nvrx_local", _SOONER, found["ours_local"], "NVRx local", found["nvrx_local"]),
             _faster("nvrx_stall", _SHORTER, stall, "NVRx, 2-fold", nvrx, 25.0),
-            _faster(
-                "nvrx_committed", "times sooner committed on both nodes than", committed, "NVRx, 2-fold", nvrx, 5.0
-            ),
+            _faster("nvrx_committed", _SOONER_ON_BOTH, committed, "NVRx, 2-fold", nvrx, 5.0),
             _faster("nvrx_async_stall", _SHORTER, stall, "NVRx async, 2-fold, stall", found["nvrx_async.stall"]),
             _faster(
                 "drop_in_local", "ours by NVRx's interface, times sooner saved than", found["drop_in_local"],
@@ -149,7 +149,55 @@ def save_figures(found: Samples) -> list[Figure]:
                 "NVRx async, 2-fold, stall", found["nvrx_async.stall"],
             ),
         ]  # fmt: skip
+    return figures + _peer_figures(found) + _best_peer_figures(found)
+
+
+def _peer_figures(found: Samples) -> list[Figure]:
+    """Of each measured peer; a replicating one against our replicated save, as NVRx."""
+    stall = found["ours_replicated.stall"]
+    figures = []
+    for peer in PEERS:
+        module, name = peer.module, peer.name
+        if f"{module}_async" in found:
+            ours, sooner = _same_work(found, peer.replicates)
+            waited, complete = found[f"{module}_async.stall"], found[f"{module}_async"]
+            figures += [
+                _faster(f"{module}_stall", _SHORTER, stall, f"{name} async, stall", waited),
+                _faster(f"{module}_committed", sooner, ours, f"{name} async, committed", complete),
+            ]
+        if f"{module}_save" in found:
+            figures.append(_faster(f"{module}_save", _SHORTER, stall, f"{name} save", found[f"{module}_save"]))
     return figures
+
+
+def _best_peer_figures(found: Samples) -> list[Figure]:
+    """The best of all in each round. Committed: of those that replicate, if one does; told if any but DCP is there."""
+    waits = {"DCP": "dcp_async.stall", "NVRx": "nvrx_async.stall"}
+    waits |= {peer.name: f"{peer.module}_async.stall" for peer in PEERS}
+    replicated = {"NVRx": "nvrx_replicated"}
+    replicated |= {peer.name: f"{peer.module}_async" for peer in PEERS if peer.replicates}
+    alone = {"DCP": "dcp_async"} | {peer.name: f"{peer.module}_async" for peer in PEERS if not peer.replicates}
+    waits, replicated, alone = (_measured(found, each) for each in (waits, replicated, alone))
+    if set(waits) == {"DCP"}:
+        return []
+    ours, sooner = _same_work(found, bool(replicated))
+    return [
+        _faster("best_peer_stall", _SHORTER, found["ours_replicated.stall"], *_best(found, waits), 10.0),
+        _faster("best_peer_committed", sooner, ours, *_best(found, replicated or alone), 3.0),
+    ]
+
+
+def _same_work(found: Samples, replicated: bool) -> tuple[Series, str]:
+    """What of ours such a save is held against, and the words for it."""
+    return (found["ours_replicated"], _SOONER_ON_BOTH) if replicated else (found["ours_local"], _SOONER)
+
+
+def _measured(found: Samples, measures: Mapping[str, str]) -> dict[str, str]:
+    return {name: measure for name, measure in measures.items() if measure in found}
+
+
+def _best(found: Samples, measures: Mapping[str, str]) -> tuple[str, Series]:
+    return f"the best of {', '.join(measures)}", Series.least([found[measure] for measure in measures.values()])
 
 
 def restore_figures(found: Mapping[str, Samples]) -> list[Figure]:

@@ -26,12 +26,13 @@ from benchmarks.settings import Settings
 
 __all__ = ["Bench", "Place", "timed"]
 
-#: Role → the module whose `make(place)` gives the bench. Imported only when asked for: one role needs NVRx, which the
+#: Role → the module whose `make(place)` gives the bench. Imported only when asked for: some need packages that the
 #: other roles' environment must not have.
 _ROLES: Final = {
     "saves": "benchmarks.saves",
     "persistent": "benchmarks.persistent",
     "nvrx": "benchmarks.nvrx_rank",
+    "peers": "benchmarks.peers_rank",
     "restores": "benchmarks.restores",
     "boundaries": "benchmarks.boundaries",
     "redundancy": "benchmarks.redundancy",

@@ -15,6 +15,8 @@ from typing import Any, Final
 from benchmarks.crew import Crew
 from benchmarks.imports import import_seconds
 from benchmarks.nvrx_env import nvrx_python
+from benchmarks.peers import PEERS
+from benchmarks.peers_rounds import peer_turns
 from benchmarks.planning import plan_seconds
 from benchmarks.series import Series
 from benchmarks.settings import Settings
@@ -39,17 +41,15 @@ _NVRX: Final = (
 )  # fmt: skip
 
 
-def measure_saves(settings: Settings, directory: Path, say: Say, *, with_nvrx: bool) -> dict[str, Series]:
+def measure_saves(
+    settings: Settings, directory: Path, say: Say, *, with_nvrx: bool, with_peers: bool
+) -> dict[str, Series]:
     """Seconds by measure; `<measure>.stall` where the training thread's wait is another number."""
-    python, reason = nvrx_python() if with_nvrx else ("", "left out")
-    if reason:
-        say(f"NVRx is not compared: {reason}")
     with ExitStack() as crews:
         saves = crews.enter_context(Crew("saves", settings, directory / "saves"))
         order = [(saves, measure) for measure in _SAVES]
-        if python:
-            nvrx = crews.enter_context(Crew("nvrx", settings, directory / "nvrx", python=python))
-            order += [(nvrx, measure) for measure in _NVRX]
+        order += _nvrx_turns(crews, settings, directory, say) if with_nvrx else []
+        order += peer_turns(crews, PEERS, settings, directory, say) if with_peers else []
         found: dict[str, list[float]] = defaultdict(list)
         for number in range(-settings.warmups, settings.rounds):
             say(f"saves: round {number + 1} of {settings.rounds}" if number >= 0 else "saves: warm-up")
@@ -59,6 +59,15 @@ def measure_saves(settings: Settings, directory: Path, say: Say, *, with_nvrx: b
                 for key, seconds in slowest.items() if number >= 0 else ():
                     found[measure if key == "seconds" else f"{measure}.{key}"].append(seconds)
     return _as_series(found)
+
+
+def _nvrx_turns(crews: ExitStack, settings: Settings, directory: Path, say: Say) -> list[tuple[Crew, str]]:
+    python, reason = nvrx_python()
+    if reason:
+        say(f"NVRx is not compared: {reason}")
+        return []
+    nvrx = crews.enter_context(Crew("nvrx", settings, directory / "nvrx", python=python))
+    return [(nvrx, measure) for measure in _NVRX]
 
 
 def measure_redundancy(settings: Settings, directory: Path, say: Say) -> dict[str, Series]:

@@ -43,6 +43,11 @@ class Series:
     def __truediv__(self, other: Series) -> Series:
         return self._with(other, lambda mine, theirs: mine / theirs)
 
+    @staticmethod
+    def least(several: Sequence[Series]) -> Series:
+        """In each round the least of all."""
+        return Series(tuple(min(samples) for samples in zip(*(each.samples for each in several), strict=True)))
+
     def times(self, factor: float) -> Series:
         return Series(tuple(sample * factor for sample in self.samples))
 

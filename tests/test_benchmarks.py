@@ -7,20 +7,27 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import peers_rounds
 from benchmarks.figures import Figure, Goal, planning_figures, save_figures
 from benchmarks.growth_chart import chart
 from benchmarks.nvrx_env import nvrx_python
+from benchmarks.peers import PEERS, Peer
+from benchmarks.peers_env import peer_python
 from benchmarks.series import Series
 from benchmarks.settings import FULL, QUICK, Settings
 
+ALONE = ("--without-nvrx", "--without-peers")
 
-def run_benchmarks(out: Path, repository: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks", "--out", str(out), "--quick", "--without-nvrx", *arguments]
+
+def run_benchmarks(out: Path, repository: Path, *arguments: str, without: tuple[str, ...] = ALONE) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks", "--out", str(out), "--quick", *without, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stderr
@@ -98,6 +105,21 @@ def test_the_picture_of_growth_shows_the_median_of_ratios_and_leaves_out_what_wa
     assert f'cy="{at_two:.2f}"' in drawn
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_quick_run_compares_every_peer_that_can_be_had(tmp_path: Path, repository: Path) -> None:
+    missing = {peer.name: reason for peer in PEERS for python, reason in [peer_python(peer)] if not python}
+    if len(missing) == len(PEERS):
+        pytest.skip(f"no peer can be had here: {missing}")
+    document = run_benchmarks(tmp_path, repository, "--only", "saves", without=("--without-nvrx",))
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    compared = {peer.name for peer in PEERS if f"{peer.module}_stall" in figures}
+    assert compared == {peer.name for peer in PEERS} - missing.keys(), f"not to be had: {missing}"
+    assert {"best_peer_stall", "best_peer_committed"} <= set(figures)
+    for figure in figures.values():
+        check_shape(figure)
+
+
 def test_settings_reach_other_processes_as_they_are() -> None:
     assert Settings.from_json(FULL.to_json()) == FULL
     assert 240e6 < FULL.shard_bytes < 270e6
@@ -131,12 +153,14 @@ NVRX_MEASURES = (
 )  # fmt: skip
 
 
+SAVE_MEASURES = (
+    "memcpy", "hash", "gloo", "torch_save", "dcp_save", "dcp_async", "dcp_async.stall", "ours_local",
+    "ours_replicated", "ours_replicated.stall", "ours_device_bound", "ours_in_flight.stall",
+)  # fmt: skip
+
+
 def test_being_faster_than_nvrx_is_told_only_if_it_was_measured() -> None:
-    names = (
-        "memcpy", "hash", "gloo", "torch_save", "dcp_save", "dcp_async", "dcp_async.stall", "ours_local",
-        "ours_replicated", "ours_replicated.stall", "ours_device_bound", "ours_in_flight.stall",
-    )  # fmt: skip
-    found = {name: Series((1.0, 1.0)) for name in names}
+    found = dict.fromkeys(SAVE_MEASURES, Series((1.0, 1.0)))
     assert not [figure for figure in save_figures(found) if figure.name.startswith("nvrx")]
     found |= {name: Series((26.0, 26.0)) for name in NVRX_MEASURES}
     told = {figure.name: figure for figure in save_figures(found)}
@@ -145,6 +169,27 @@ def test_being_faster_than_nvrx_is_told_only_if_it_was_measured() -> None:
     assert str(told["nvrx_committed"].goal) == "≥ 5"
     assert told["nvrx_stall"].more_is_better
     assert not told["stall"].more_is_better
+
+
+def test_the_best_peer_is_the_best_of_each_round_among_those_that_do_the_same_work() -> None:
+    found = dict.fromkeys(SAVE_MEASURES, Series((1.0, 1.0)))
+    assert not [figure for figure in save_figures(found) if figure.name.startswith("best_peer")]
+    found |= {
+        "dcp_async.stall": Series((30.0, 30.0)), "dcp_async": Series((0.5, 0.5)),
+        "torchsnapshot_async.stall": Series((11.0, 20.0)), "torchsnapshot_async": Series((9.0, 1.0)),
+        "torchsnapshot_save": Series((8.0, 8.0)),
+    }  # fmt: skip
+    told = {figure.name: figure for figure in save_figures(found)}
+    assert told["torchsnapshot_save"].ratio == Series((8.0, 8.0))
+    assert told["best_peer_committed"].ratio == Series((0.5, 0.5))
+    assert told["best_peer_committed"].what.endswith("on one node than")
+    found |= {"lm_resiliency_async.stall": Series((12.0, 10.0)), "lm_resiliency_async": Series((4.0, 4.0))}
+    told = {figure.name: figure for figure in save_figures(found)}
+    assert told["best_peer_stall"].ratio == Series((11.0, 10.0))
+    assert told["best_peer_stall"].met
+    assert told["best_peer_committed"].ratio == told["lm_resiliency_committed"].ratio == Series((4.0, 4.0))
+    assert told["best_peer_committed"].what.endswith("on both nodes than")
+    assert str(told["best_peer_committed"].goal) == "≥ 3"
 
 
 def test_planning_is_held_against_half_the_ranks() -> None:
@@ -162,3 +207,31 @@ def test_an_environment_that_cannot_be_made_leaves_nvrx_out_with_a_reason(tmp_pa
     python, reason = nvrx_python(tmp_path / "file" / "env")
     assert python == ""
     assert "could not be made" in reason
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_an_environment_that_cannot_be_made_leaves_a_peer_out_with_a_reason(tmp_path: Path, peer: Peer) -> None:
+    (tmp_path / "file").write_text("")
+    python, reason = peer_python(peer, tmp_path / "file" / "env")
+    assert python == ""
+    assert "could not be made" in reason
+
+
+def test_a_peer_that_cannot_be_installed_leaves_out_no_other(tmp_path: Path) -> None:
+    nowhere = ("--no-index", "--find-links", str(tmp_path), "--retries=0")
+    python, reason = peer_python(Peer("no-such-peer", "1.0", "no_such_peer", (), False, (), nowhere), tmp_path / "env")
+    assert python == ""
+    assert reason.startswith("no-such-peer==1.0 could not be installed: ")
+    there = Peer("torch", torch.__version__, "torch", (), False)  # which is borrowed
+    assert peer_python(there, tmp_path / "env") == (str(tmp_path / "env" / "bin" / "python"), "")
+
+
+def test_a_peer_that_cannot_save_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_rounds, "peer_python", lambda _: (sys.executable, ""))
+    said: list[str] = []
+    with ExitStack() as crews:
+        broken = [Peer("broken", "1.0", "no_such_peer", ("broken_async",), False)]
+        assert peers_rounds.peer_turns(crews, broken, QUICK, tmp_path, said.append) == []
+    assert len(said) == 1
+    assert said[0].startswith("broken is not compared: ")
+    assert "no_such_peer" in said[0]

@@ -1,0 +1,144 @@
+"""Another package's saves of the rank's half of the state, each by its quickest way on a CPU.
+
+Runs in the peers' environment, one crew for each peer, so that none can disturb another. The wait of an asynchronous
+save ends when the state may change again, which is what ours ends with too: where a package copies behind the training
+thread's back, the wait for that copy counts. Complete is what the package itself calls so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.folders import fresh_folder
+from benchmarks.rank import Bench, Place, timed
+from benchmarks.state import Weights, adam_for, half_of
+
+__all__ = ["make"]
+
+Half = dict[str, torch.Tensor]
+
+
+class _TorchSnapshot:
+    """Stages into memory before it returns, then writes a file for each tensor into one folder."""
+
+    def __init__(self, place: Place, half: Half) -> None:
+        from torchsnapshot import Snapshot, StateDict
+
+        self._place, self._snapshot, self._state = place, Snapshot, {"half": StateDict(**half)}
+
+    def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
+        return {"torchsnapshot_async": self._async, "torchsnapshot_save": self._save}
+
+    def _async(self) -> dict[str, Any]:
+        with fresh_folder(self._place, "torchsnapshot") as folder:
+            return _waited(
+                lambda: self._snapshot.async_take(str(folder / "save"), self._state), lambda pending: pending.wait()
+            )
+
+    def _save(self) -> dict[str, Any]:
+        with fresh_folder(self._place, "torchsnapshot") as folder:
+            return {"seconds": timed(lambda: self._snapshot.take(str(folder / "save"), self._state))}
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class _TorchCheckpointing:
+    """A thread stages into shared memory, another process writes it; the manager's lock says when the state is free."""
+
+    def __init__(self, place: Place, half: Half) -> None:
+        from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        self._place, self._half = place, {"half": half}
+        async_save, save = CheckpointManager.Config.with_async_save(), CheckpointManager.Config.with_sync_save()
+        for config in (async_save, save):
+            config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)  # of no use on a memory mount
+        self._async_manager, self._manager = async_save.build(), save.build()
+
+    def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
+        return {"torch_checkpointing_async": self._async, "torch_checkpointing_save": self._save}
+
+    def _async(self) -> dict[str, Any]:
+        """`call`: seconds until the call returned, when the state must not change yet."""
+        with fresh_folder(self._place, "torch-checkpointing") as folder:
+            call_s = 0.0
+
+            def save() -> Any:
+                nonlocal call_s
+                began = time.perf_counter()
+                written = self._async_manager.save(str(folder / "save"), self._half)
+                call_s = time.perf_counter() - began
+                with self._async_manager.lock():  # as around the optimizer's step
+                    return written
+
+            return _waited(save, lambda written: written.result()) | {"call": call_s}
+
+    def _save(self) -> dict[str, Any]:
+        with fresh_folder(self._place, "torch-checkpointing") as folder:
+            return {"seconds": timed(lambda: self._manager.save(str(folder / "save"), self._half))}
+
+    def close(self) -> None:
+        self._async_manager.close()
+        self._manager.close()
+
+
+class _LmResiliency:
+    """Copies into the process's own memory, then exchanges copies with the peer's in the background. No file."""
+
+    def __init__(self, place: Place, half: Half) -> None:
+        from lm_resiliency.checkpointing import InMemoryCheckpointManager, InMemoryCkptConfig
+
+        config = InMemoryCkptConfig(
+            replication_jump=1,
+            disk_flush_interval=0,
+            disk_folder=str(place.node_directory / "lm-resiliency"),
+            run_id="benchmark",
+            pin_memory=False,
+        )
+        self._manager = InMemoryCheckpointManager(config)
+        self._tensors = list(half.values())
+        self._step = 0
+
+    def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
+        return {"lm_resiliency_async": self._async}
+
+    def _async(self) -> dict[str, Any]:
+        self._step += 1
+        return _waited(lambda: self._manager.save_tensors(self._tensors, self._step), lambda _: self._replicated())
+
+    def _replicated(self) -> None:
+        if not self._manager.finalize_replication():
+            raise RuntimeError("the peer's copy did not arrive")
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+_BENCHES: Final[dict[str, Callable[[Place, Half], Bench]]] = {
+    "torchsnapshot": _TorchSnapshot,
+    "torch_checkpointing": _TorchCheckpointing,
+    "lm_resiliency": _LmResiliency,
+}
+
+
+def make(place: Place) -> Bench:
+    """`place.options["peer"]`: the module of the peer that is measured."""
+    model = Weights(place.settings)
+    place.node_directory.mkdir(exist_ok=True)
+    return _BENCHES[place.options["peer"]](place, half_of(model, adam_for(model), place.rank))
+
+
+def _waited(save: Callable[[], Any], complete: Callable[[Any], object]) -> dict[str, Any]:
+    """`save` returns when the state may change again; what it returns is handed to `complete`, which waits."""
+    dist.barrier()
+    began = time.perf_counter()
+    pending = save()
+    stall_s = time.perf_counter() - began
+    complete(pending)
+    return {"stall": stall_s, "seconds": time.perf_counter() - began}
