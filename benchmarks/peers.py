@@ -36,6 +36,9 @@ PEERS: Final = (
     Peer("lm-resiliency", "0.2.0", "lm_resiliency", ("lm_resiliency_async",), True),
     Peer(
         "ml-flashpoint", "0.0.10", "ml_flashpoint", ("ml_flashpoint_async",), True,
-        pip_options=("--config-settings=cmake.define.BUILD_TESTING=OFF",),
+        # Its own ignore file would leave its extension modules out.
+        pip_options=(
+            "--config-settings=cmake.define.BUILD_TESTING=OFF", "--config-settings=sdist.include=src/**/*.so",
+        ),
     ),
 )  # fmt: skip

@@ -7,15 +7,15 @@ thread's back, the wait for that copy counts. Complete is what the package itsel
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.folders import fresh_folder
-from benchmarks.rank import Bench, Place, timed
+from benchmarks.rank import Bench, Place, timed, waited
 from benchmarks.state import Weights, adam_for, half_of
 
 __all__ = ["make"]
@@ -36,7 +36,7 @@ class _TorchSnapshot:
 
     def _async(self) -> dict[str, Any]:
         with fresh_folder(self._place, "torchsnapshot") as folder:
-            return _waited(
+            return waited(
                 lambda: self._snapshot.async_take(str(folder / "save"), self._state), lambda pending: pending.wait()
             )
 
@@ -77,7 +77,7 @@ class _TorchCheckpointing:
                 with self._async_manager.lock():  # as around the optimizer's step
                     return written
 
-            return _waited(save, lambda written: written.result()) | {"call": call_s}
+            return waited(save, lambda written: written.result()) | {"call": call_s}
 
     def _save(self) -> dict[str, Any]:
         with fresh_folder(self._place, "torch-checkpointing") as folder:
@@ -110,7 +110,7 @@ class _LmResiliency:
 
     def _async(self) -> dict[str, Any]:
         self._step += 1
-        return _waited(lambda: self._manager.save_tensors(self._tensors, self._step), lambda _: self._replicated())
+        return waited(lambda: self._manager.save_tensors(self._tensors, self._step), lambda _: self._replicated())
 
     def _replicated(self) -> None:
         if not self._manager.finalize_replication():
@@ -120,10 +120,18 @@ class _LmResiliency:
         self._manager.close()
 
 
+def _ml_flashpoint(place: Place, half: Half) -> Bench:
+    os.environ["MLFLASHPOINT_LOG_LEVEL"] = "WARNING"  # read while it is imported
+    from benchmarks.ml_flashpoint_rank import MlFlashpointSaves
+
+    return MlFlashpointSaves(place, half)
+
+
 _BENCHES: Final[dict[str, Callable[[Place, Half], Bench]]] = {
     "torchsnapshot": _TorchSnapshot,
     "torch_checkpointing": _TorchCheckpointing,
     "lm_resiliency": _LmResiliency,
+    "ml_flashpoint": _ml_flashpoint,
 }
 
 
@@ -132,13 +140,3 @@ def make(place: Place) -> Bench:
     model = Weights(place.settings)
     place.node_directory.mkdir(exist_ok=True)
     return _BENCHES[place.options["peer"]](place, half_of(model, adam_for(model), place.rank))
-
-
-def _waited(save: Callable[[], Any], complete: Callable[[Any], object]) -> dict[str, Any]:
-    """`save` returns when the state may change again; what it returns is handed to `complete`, which waits."""
-    dist.barrier()
-    began = time.perf_counter()
-    pending = save()
-    stall_s = time.perf_counter() - began
-    complete(pending)
-    return {"stall": stall_s, "seconds": time.perf_counter() - began}

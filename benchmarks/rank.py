@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from benchmarks.settings import Settings
 
-__all__ = ["Bench", "Place", "timed"]
+__all__ = ["Bench", "Place", "timed", "waited"]
 
 #: Role → the module whose `make(place)` gives the bench. Imported only when asked for: some need packages that the
 #: other roles' environment must not have.
@@ -71,6 +71,16 @@ def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def waited(save: Callable[[], Any], complete: Callable[[Any], object]) -> dict[str, Any]:
+    """`save` returns when the training thread may go on; what it returns is handed to `complete`, which waits."""
+    dist.barrier()
+    began = time.perf_counter()
+    pending = save()
+    stall_s = time.perf_counter() - began
+    complete(pending)
+    return {"stall": stall_s, "seconds": time.perf_counter() - began}
 
 
 def main(argument: str) -> None:

@@ -6,7 +6,6 @@ Each gets the rank's half of the state, cut out beforehand, and writes new files
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from benchmarks.rank import Place, timed
+from benchmarks.rank import Place, timed, waited
 
 __all__ = ["Rivals"]
 
@@ -47,12 +46,7 @@ class Rivals:
     def dcp_async(self) -> dict[str, Any]:
         """`dcp.async_save`: what the training thread waits, and when the checkpoint is there."""
         with self._shared_folder("dcp-async") as folder:
-            dist.barrier()
-            began = time.perf_counter()
-            future: Any = async_save(self._half, checkpoint_id=folder)
-            stall_s = time.perf_counter() - began
-            future.result()
-            return {"stall": stall_s, "seconds": time.perf_counter() - began}
+            return waited(lambda: async_save(self._half, checkpoint_id=folder), lambda future: future.result())
 
     @contextmanager
     def _shared_folder(self, name: str) -> Iterator[Path]:
