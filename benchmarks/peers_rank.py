@@ -1,8 +1,8 @@
-"""Another package's saves of the rank's half of the state, each by its quickest way on a CPU.
+"""Other packages' saves of the rank's half of the state, each by its quickest way on a CPU.
 
-Runs in the peers' environment, one crew for each peer, so that none can disturb another. The wait of an asynchronous
-save ends when the state may change again, which is what ours ends with too: where a package copies behind the training
-thread's back, the wait for that copy counts. Complete is what the package itself calls so.
+Runs in the peers' environment. The wait of an asynchronous save ends when the state may change again, as that of ours
+does: where a package copies behind the training thread's back, the wait for that copy counts. Complete is what the
+package itself calls so.
 """
 
 from __future__ import annotations
@@ -135,8 +135,22 @@ _BENCHES: Final[dict[str, Callable[[Place, Half], Bench]]] = {
 }
 
 
+class _PeersBench:
+    """Each of `place.options["peers"]`, by its module, over one half."""
+
+    def __init__(self, place: Place) -> None:
+        model = Weights(place.settings)
+        half = half_of(model, adam_for(model), place.rank)
+        place.node_directory.mkdir(exist_ok=True)
+        self._benches = [_BENCHES[module](place, half) for module in place.options["peers"]]
+
+    def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
+        return {name: measure for bench in self._benches for name, measure in bench.measures().items()}
+
+    def close(self) -> None:
+        for bench in self._benches:
+            bench.close()
+
+
 def make(place: Place) -> Bench:
-    """`place.options["peer"]`: the module of the peer that is measured."""
-    model = Weights(place.settings)
-    place.node_directory.mkdir(exist_ok=True)
-    return _BENCHES[place.options["peer"]](place, half_of(model, adam_for(model), place.rank))
+    return _PeersBench(place)

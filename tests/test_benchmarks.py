@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,13 @@ def test_a_peer_that_cannot_save_is_named_with_its_reason(tmp_path: Path, monkey
     assert len(said) == 1
     assert said[0].startswith("broken is not compared: ")
     assert "no_such_peer" in said[0]
+
+
+def test_where_memory_is_short_the_peers_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    vast = replace(QUICK, rows=1 << 20, columns=1 << 20)
+    with ExitStack() as crews:
+        assert peers_rounds.peer_turns(crews, PEERS, vast, tmp_path, said.append) == []
+    assert len(said) == 1
+    assert all(peer.name in said[0] for peer in PEERS)
+    assert "bytes are free" in said[0]
