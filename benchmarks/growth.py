@@ -23,7 +23,7 @@ from resilience.observe.events import read_events
 __all__ = ["make"]
 
 _BOUND_S: Final = 120.0
-_LARGEST_BUFFER: Final = 1 << 30  # of a limit: more bytes are that many times over
+_LARGEST_BUFFER: Final = 256 << 20  # of a limit: more bytes are that many times over, since memory is short
 
 
 class _Growth:

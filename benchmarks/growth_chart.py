@@ -63,7 +63,7 @@ def _panel(
         parts.append(tag("text", f"{10.0**power:g} ×", x=left - 8, y=y + 4, text_anchor="end"))
     spots = [left + _WIDTH * (number + 0.5) / len(places) for number in range(len(places))]  # one beside the other
     for spot, value in zip(spots, places, strict=True):
-        parts.append(tag("text", f"{value:,.4g}", x=spot, y=top + _HEIGHT + 18, text_anchor="middle"))
+        parts.append(tag("text", f"{value:,.10g}", x=spot, y=top + _HEIGHT + 18, text_anchor="middle"))
     for _, colour, ours, limits in _LINES:
         points = [
             (spot, _y(top, ratio))

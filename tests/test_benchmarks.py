@@ -21,6 +21,7 @@ from benchmarks.growth_chart import chart
 from benchmarks.nvrx_env import nvrx_python
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers_env import peer_python
+from benchmarks.saves_chart import chart as saves_chart
 from benchmarks.series import Series
 from benchmarks.settings import FULL, QUICK, Settings
 
@@ -119,6 +120,21 @@ def test_a_quick_run_compares_every_peer_that_can_be_had(tmp_path: Path, reposit
     assert {"best_peer_stall", "best_peer_committed"} <= set(figures)
     for figure in figures.values():
         check_shape(figure)
+
+
+def test_the_picture_of_saves_shows_those_that_were_measured() -> None:
+    found = {
+        "memcpy": [0.04],
+        "gloo": [0.1],
+        "torch_save": [0.2],
+        "ours_replicated.stall": [0.04],
+        "ours_replicated": [0.2],
+    }
+    drawn = saves_chart({**found, "lm_resiliency_async": [0.3]})  # whose wait is not known
+    assert "ours, 2-fold" in drawn
+    assert "torch.save" in drawn
+    assert "lm-resiliency" not in drawn
+    assert drawn.count('class="between"') == 2
 
 
 def test_settings_reach_other_processes_as_they_are() -> None:
