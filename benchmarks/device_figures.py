@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.crew import Crew
 from benchmarks.figures import Figure, Goal
-from benchmarks.series import Series
+from benchmarks.series import Series, note
 from benchmarks.settings import Settings
 
 __all__ = ["device_figures", "measure_device"]
@@ -39,14 +39,8 @@ def measure_device(
             say(f"device: round {number + 1}" if number >= 0 else "device: warm-up")
             turn = number % len(_ORDER)
             for measure in _ORDER[turn:] + _ORDER[:turn]:
-                for key, seconds in crew.ask(measure)[0].items() if number >= 0 else _thrown_away(crew, measure):
-                    found[measure if key == "seconds" else f"{measure}.{key}"].append(seconds)
+                note(found if number >= 0 else defaultdict(list), measure, crew.ask(measure))
     return {name: Series(tuple(samples)) for name, samples in found.items()}
-
-
-def _thrown_away(crew: Crew, measure: str) -> list[tuple[str, float]]:
-    crew.ask(measure)
-    return []
 
 
 def device_figures(found: Mapping[str, Series]) -> list[Figure]:

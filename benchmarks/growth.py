@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.limits import Limits
-from benchmarks.rank import Place, timed
+from benchmarks.rank import Place, boundary_and_step, timed
 from benchmarks.state import changes
+from benchmarks.told import told_at
 from resilience import CheckpointConfig, ResiliencyConfig, ResiliencyController, TrainingState
-from resilience.observe.events import read_events
 
 __all__ = ["make"]
 
@@ -62,33 +62,29 @@ class _Growth:
 
     def save(self, pause_s: float) -> dict[str, Any]:
         """The boundary of a save and the optimizer's next step after a pause, and when the save was committed."""
-        began = time.time()
-        stall_s = self._save(pause_s)
+        began, stall_s = self._save(pause_s)
         bare_s = min(timed(self._optimizer.step) for _ in range(3))
-        return {"stall": max(stall_s - bare_s, 0.0), "committed": self._committed_at() - began}
+        told = "protected" if self._place.size > 1 else "committed"
+        at = told_at(self._events / f"node{self._place.rank}.jsonl", told, self._controller.iteration)
+        return {"stall": max(stall_s - bare_s, 0.0), "committed": at - began}
 
     def close(self) -> None:
         self._controller.close()
         self._limits.close()
 
-    def _save(self, pause_s: float) -> float:
+    def _save(self, pause_s: float) -> tuple[float, float]:
+        """When the boundary began (Unix seconds), and how long it and the next step took."""
         self._change()
-        boundary_s = timed(lambda: self._controller.after_step(self._controller.iteration + 1))
-        time.sleep(pause_s)
-        step_s = timed(self._optimizer.step)
+        dist.barrier()
+        began = time.time()
+        stall_s = boundary_and_step(self._boundary, self._optimizer.step, pause_s)
         self._controller.wait()
         self._controller.wait_idle(_BOUND_S)
         dist.barrier()
-        return boundary_s + step_s
+        return began, stall_s
 
-    def _committed_at(self) -> float:
-        """Unix seconds at which this node had all that it keeps of the newest save."""
-        told = "protected" if self._place.size > 1 else "committed"
-        entries = read_events([self._events / f"node{self._place.rank}.jsonl"])
-        at = [e["t"] for e in entries if e["event"] == told and e["iteration"] == self._controller.iteration]
-        if not at:
-            raise RuntimeError(f"the save of iteration {self._controller.iteration} was not {told}; see the events")
-        return float(at[-1])
+    def _boundary(self) -> None:
+        self._controller.after_step(self._controller.iteration + 1)
 
 
 def make(place: Place) -> _Growth:

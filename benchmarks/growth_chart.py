@@ -6,13 +6,13 @@ python -m benchmarks.growth_chart bench-out/figures.json docs/growth.svg
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from benchmarks.log_axis import share
 from resilience.observe.svg import picture, tag
 
 __all__ = ["chart"]
@@ -85,8 +85,7 @@ def _ratio(entry: Mapping[str, Any], ours: str, limits: Sequence[str]) -> float 
 
 
 def _y(top: float, ratio: float) -> float:
-    share = math.log10(min(max(ratio, _LOW), _HIGH) / _LOW) / math.log10(_HIGH / _LOW)
-    return top + _HEIGHT * (1 - share)
+    return top + _HEIGHT * (1 - share(ratio, _LOW, _HIGH))
 
 
 def main(arguments: Sequence[str]) -> None:

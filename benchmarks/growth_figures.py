@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from benchmarks.crew import Crew
 from benchmarks.figures import Figure
-from benchmarks.series import Series
+from benchmarks.series import Series, note
 from benchmarks.settings import QUICK, Settings
 
 __all__ = ["AXES", "Point", "growth_figures", "measure_growth"]
@@ -76,16 +76,12 @@ def _measure(
     options = asdict(point) | {"mode": mode}
     with Crew("growth", settings, directory, size=point.ranks, options=options) as crew:
         for number in range(-1, min(rounds, settings.rounds)):
+            into = samples if number >= 0 else defaultdict(list)
             for limit in point.limits:
-                _note(samples, f"{mode}.{limit}", crew.ask(limit), keep=number >= 0)
+                note(into, f"{mode}.{limit}", crew.ask(limit))
             pause_s = 4 * median(samples[f"{mode}.memcpy"] or [0.2])
-            _note(samples, mode, crew.ask("save", pause_s=pause_s), keep=number >= 0)
+            note(into, mode, crew.ask("save", pause_s=pause_s))
     shutil.rmtree(directory)
-
-
-def _note(samples: dict[str, list[float]], name: str, answers: list[dict[str, Any]], *, keep: bool) -> None:
-    for key in answers[0] if keep else ():
-        samples[name if key == "seconds" else f"{name}.{key}"].append(max(each[key] for each in answers))
 
 
 def growth_figures(found: Found) -> list[Figure]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.limits import Limits
-from benchmarks.rank import Place, timed
+from benchmarks.rank import Place, boundary_and_step, timed
 from benchmarks.state import Weights, adam_for, changes
 from resilience import CheckpointConfig, ResiliencyConfig, ResiliencyController, TrainingState
 
@@ -98,12 +98,10 @@ class _OverlapBench:
     def stall(self, mode: Mode, pause_s: float) -> dict[str, Any]:
         """The boundary of a save, and the optimizer's next step after a pause in which the copy may run."""
         job = self._jobs[mode]
-        boundary_s = timed(job.boundary)
-        time.sleep(pause_s)
-        step_s = timed(job.optimizer.step)
+        stall_s = boundary_and_step(job.boundary, job.optimizer.step, pause_s)
         job.change()
         job.settle()
-        return {"seconds": boundary_s + step_s - min(timed(job.optimizer.step) for _ in range(3))}
+        return {"seconds": stall_s - min(timed(job.optimizer.step) for _ in range(3))}
 
     def loop(self, mode: Mode | Literal["bare"], kind: str, step_s: float, steps: int) -> dict[str, Any]:
         """Steps of `step_s` seconds; `mode` "bare": without boundaries. Says how many saves were skipped, too."""

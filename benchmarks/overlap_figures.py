@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from benchmarks.crew import Crew
 from benchmarks.figures import Figure, Goal
-from benchmarks.series import Series
+from benchmarks.series import Series, note
 from benchmarks.settings import QUICK, Settings
 
 __all__ = ["measure_overlap", "overlap_figures"]
@@ -41,7 +41,7 @@ def measure_overlap(settings: Settings, directory: Path, say: Callable[[str], No
                 for measure in order[turn:] + order[:turn]:
                     given: dict[str, Any] = {} if measure in _LIMITS else {"mode": measure, "pause_s": pause_s}
                     answers = crew.ask(measure if measure in _LIMITS else "stall", **given)
-                    _note(found, f"{measure}_{shape}", answers, keep=number >= 0)
+                    note(found if number >= 0 else defaultdict(list), f"{measure}_{shape}", answers)
             if shape == "large":
                 _loops(found, crew, settings, quick, say)
     return {name: Series(tuple(samples)) for name, samples in found.items()}
@@ -58,13 +58,9 @@ def _loops(
         for kind, mode in _LOOPS[turn:] + _LOOPS[:turn]:
             answers = crew.ask("loop", mode=mode, kind=kind, step_s=step_s, steps=_STEPS)
             skipped = [{"seconds": each.pop("skipped")} for each in answers]
-            _note(found, f"loop_{kind}_{mode}", answers, keep=number >= 0)
-            _note(found, f"skipped_{kind}_{mode}", skipped, keep=number >= 0)
-
-
-def _note(found: dict[str, list[float]], measure: str, answers: list[dict[str, Any]], *, keep: bool) -> None:
-    for key in answers[0] if keep else ():
-        found[measure if key == "seconds" else f"{measure}.{key}"].append(max(each[key] for each in answers))
+            into = found if number >= 0 else defaultdict(list)
+            note(into, f"loop_{kind}_{mode}", answers)
+            note(into, f"skipped_{kind}_{mode}", skipped)
 
 
 def overlap_figures(found: Mapping[str, Series]) -> list[Figure]:
@@ -99,8 +95,7 @@ def overlap_figures(found: Mapping[str, Series]) -> list[Figure]:
 
 def _overhead(found: Mapping[str, Series], mode: str) -> Figure:
     """What a save adds to a CPU-bound step, against the work that it is: both cores are busy with it."""
-    steps = 1 / _STEPS
-    added = (found[f"loop_cpu_{mode}"] + found["loop_cpu_bare"].times(-1)).times(steps)
+    added = (found[f"loop_cpu_{mode}"] + found["loop_cpu_bare"].times(-1)).times(1 / _STEPS)
     memcpy, digests, gloo = (found[f"{limit}_large"] for limit in ("memcpy", "hash", "gloo"))
     rounds = min(len(added.samples), len(gloo.samples))
     least = Series((memcpy + digests.times(2) + gloo).samples[:rounds])

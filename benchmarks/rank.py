@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from benchmarks.settings import Settings
 
-__all__ = ["Bench", "Place", "timed", "waited"]
+__all__ = ["Bench", "Place", "boundary_and_step", "timed", "waited"]
 
 #: Role → the module whose `make(place)` gives the bench. Imported only when asked for: some need packages that the
 #: other roles' environment must not have.
@@ -71,6 +71,13 @@ def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def boundary_and_step(boundary: Callable[[], object], step: Callable[[], object], pause_s: float) -> float:
+    """Seconds that a boundary takes, and the optimizer's step after a pause in which a copy may run."""
+    boundary_s = timed(boundary)
+    time.sleep(pause_s)
+    return boundary_s + timed(step)
 
 
 def waited(save: Callable[[], Any], complete: Callable[[Any], object]) -> dict[str, Any]:

@@ -5,16 +5,13 @@ Each gets the rank's half of the state, cut out beforehand, and writes new files
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from benchmarks.folders import fresh_folder
 from benchmarks.rank import Place, timed, waited
 
 __all__ = ["Rivals"]
@@ -40,21 +37,10 @@ class Rivals:
 
     def dcp_save(self) -> dict[str, Any]:
         """`dcp.save` of all ranks into one folder."""
-        with self._shared_folder("dcp") as folder:
+        with fresh_folder(self._place, "dcp") as folder:
             return {"seconds": timed(lambda: save(self._half, checkpoint_id=folder))}
 
     def dcp_async(self) -> dict[str, Any]:
         """`dcp.async_save`: what the training thread waits, and when the checkpoint is there."""
-        with self._shared_folder("dcp-async") as folder:
+        with fresh_folder(self._place, "dcp-async") as folder:
             return waited(lambda: async_save(self._half, checkpoint_id=folder), lambda future: future.result())
-
-    @contextmanager
-    def _shared_folder(self, name: str) -> Iterator[Path]:
-        folder = self._place.directory / name
-        try:
-            yield folder
-        finally:
-            dist.barrier()
-            if self._place.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-            dist.barrier()

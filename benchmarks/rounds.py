@@ -18,7 +18,7 @@ from benchmarks.nvrx_env import nvrx_python
 from benchmarks.peers import PEERS
 from benchmarks.peers_rounds import peer_turns
 from benchmarks.planning import plan_seconds
-from benchmarks.series import Series
+from benchmarks.series import Series, note
 from benchmarks.settings import Settings
 
 __all__ = [
@@ -55,9 +55,7 @@ def measure_saves(
             say(f"saves: round {number + 1} of {settings.rounds}" if number >= 0 else "saves: warm-up")
             turn = number % len(order)  # who follows whom changes from round to round
             for crew, measure in order[turn:] + order[:turn]:
-                slowest = _slowest(crew.ask(measure))
-                for key, seconds in slowest.items() if number >= 0 else ():
-                    found[measure if key == "seconds" else f"{measure}.{key}"].append(seconds)
+                note(found if number >= 0 else defaultdict(list), measure, crew.ask(measure))
     return _as_series(found)
 
 
@@ -79,9 +77,7 @@ def measure_redundancy(settings: Settings, directory: Path, say: Say) -> dict[st
             say(f"redundancy: round {number + 1} of {settings.rounds}" if number >= 0 else "redundancy: warm-up")
             turn = number % len(order)
             for measure in order[turn:] + order[:turn]:
-                slowest = _slowest(crew.ask(measure))
-                for key, value in slowest.items() if number >= 0 else ():
-                    found[measure if key == "seconds" else f"{measure}.{key}"].append(value)
+                note(found if number >= 0 else defaultdict(list), measure, crew.ask(measure))
     return _as_series(found)
 
 

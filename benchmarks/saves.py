@@ -16,8 +16,8 @@ from benchmarks.limits import Limits
 from benchmarks.rank import Place, timed
 from benchmarks.rivals import Rivals
 from benchmarks.state import Weights, adam_for, changes, half_of
+from benchmarks.told import told_at
 from resilience import CheckpointConfig, ResiliencyConfig, ResiliencyController, TrainingState
-from resilience.observe.events import read_events
 
 __all__ = ["Saver", "make"]
 
@@ -81,11 +81,7 @@ class Saver:
 
     def protected_at(self, iteration: int) -> float:
         """Unix seconds at which this node held all its copies of a save, as its event says."""
-        entries = read_events([self._events / f"{self._node}.jsonl"])
-        found = [e["t"] for e in entries if e["event"] == "protected" and e["iteration"] == iteration]
-        if not found:
-            raise RuntimeError(f"the save of iteration {iteration} was not committed everywhere; see the events")
-        return float(found[-1])
+        return told_at(self._events / f"{self._node}.jsonl", "protected", iteration)
 
 
 class OurSaves:

@@ -6,13 +6,13 @@ python -m benchmarks.saves_chart bench-out/figures.json docs/saves.svg
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Final
 
+from benchmarks.log_axis import share
 from benchmarks.peers import PEERS
 from resilience.observe.svg import picture, tag
 
@@ -80,8 +80,7 @@ def _row(y: float, label: str, wait_s: float, complete_s: float) -> list[str]:
 
 
 def _x(seconds: float) -> float:
-    low, high = _TICKS_MS[0] / 1e3, _TICKS_MS[-1] / 1e3
-    return _LEFT + _WIDTH * math.log(min(max(seconds, low), high) / low) / math.log(high / low)
+    return _LEFT + _WIDTH * share(1e3 * seconds, _TICKS_MS[0], _TICKS_MS[-1])
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from benchmarks.log_axis import share
 from resilience.observe.svg import picture, tag
 
 __all__ = ["chart"]
@@ -61,9 +62,8 @@ def _panel(
     high = math.ceil(math.log10(max(map(max, series))) + 0.05)
 
     def at(count: float, value: float) -> tuple[float, float]:
-        x = left + _PANEL * math.log(count / ranks[0]) / math.log(ranks[-1] / ranks[0])
-        share = (math.log10(value) - low) / (high - low)
-        return x, _BOTTOM - (_BOTTOM - _TOP) * min(max(share, 0.0), 1.0)
+        x = left + _PANEL * share(count, ranks[0], ranks[-1])
+        return x, _BOTTOM - (_BOTTOM - _TOP) * share(value, 10.0**low, 10.0**high)
 
     parts = [tag("text", title, x=left, y=22.0, class_="title")]
     for power in range(low, high + 1):

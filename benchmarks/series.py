@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Series"]
+__all__ = ["Series", "note"]
+
+
+def note(found: dict[str, list[float]], measure: str, answers: Sequence[Mapping[str, float]]) -> None:
+    """Take in what the ranks say of `measure`: a sample is what the slowest took. What is not its `seconds` has a name
+    of its own, `<measure>.<what>`."""
+    for what in answers[0]:
+        slowest = max(float(answer[what]) for answer in answers)
+        found[measure if what == "seconds" else f"{measure}.{what}"].append(slowest)
 
 
 @dataclass(frozen=True)

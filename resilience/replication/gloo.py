@@ -264,18 +264,11 @@ def _cut(received: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[bytes]:
     return [tensor.numpy().tobytes()[:size] for tensor, size in zip(received, sizes, strict=True)]
 
 
-def _maximum_options() -> Any:
+def _reduce_maximum(group: Group, tensor: torch.Tensor) -> Any:
     options: Any = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp.MAX
     options.timeout = UNBOUNDED
-    return options
-
-
-_MAXIMUM: Any = _maximum_options()
-
-
-def _reduce_maximum(group: Group, tensor: torch.Tensor) -> Any:
     try:
-        return group.allreduce([tensor], _MAXIMUM)
+        return group.allreduce([tensor], options)
     except RuntimeError as error:
         raise PeerLostError(f"a peer is gone: {error}") from error

@@ -158,7 +158,8 @@ class _Plan:
     kind: object  # of the sources
     later: Collection[str]
     deferred: list[int] = field(default_factory=list)  # positions of those that are copied later
-    blocks_now: list[int] = field(default_factory=list)  # that memcpy takes
+    blocks_now: list[int] = field(default_factory=list)  # that memcpy takes; where in the file each begins, its bytes
+    block_starts: list[int] = field(default_factory=list)
     block_sizes: list[int] = field(default_factory=list)
     host_now: list[int] = field(default_factory=list)
     host_later: list[int] = field(default_factory=list)
@@ -328,6 +329,7 @@ class Copying:
                 plan.host_later.append(position)
             elif is_block(source) and (source.dtype, source.nbytes) == (placed.piece.dtype, placed.piece.nbytes):
                 plan.blocks_now.append(position)
+                plan.block_starts.append(placed.start)
                 plan.block_sizes.append(source.nbytes)
             else:
                 plan.host_now.append(position)
@@ -356,8 +358,8 @@ def _copy_here(parts: Sequence[Part], plans: Sequence[_Plan], pairs: Sequence[Pa
     """What lies on the host and is copied now, on the training thread."""
     for part, plan in zip(parts, plans, strict=True):
         if plan.blocks_now:
-            origin, placed, sources = part.arena.content.data_ptr(), part.layout.placed, part.sources
-            targets = [origin + placed[position].start for position in plan.blocks_now]
+            origin, sources = part.arena.content.data_ptr(), part.sources
+            targets = [origin + start for start in plan.block_starts]
             copy_blocks(targets, [sources[position] for position in plan.blocks_now], plan.block_sizes)
     _copy_host(parts, [plan.host_now for plan in plans], pairs)
 

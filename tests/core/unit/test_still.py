@@ -100,6 +100,12 @@ class Pair:
         except PeerLostError:
             assert self.alter is not Pair.alter
 
+    def run(self, saves: int) -> None:
+        """Saves, after each of which all that is not frozen changes."""
+        for _ in range(saves):
+            self.save()
+            self.train()
+
     def train(self, but: set[int] = FROZEN) -> None:
         """Change every tensor that is not frozen."""
         for number, tensor in enumerate(self.tensors):
@@ -147,9 +153,7 @@ def test_a_state_that_changes_everywhere_is_looked_at_now_and_then_and_goes_whol
 
 def test_what_thaws_is_sent_at_once_and_what_freezes_is_found_later(pair: Callable[..., Pair]) -> None:
     job = pair()
-    for _ in range(6):
-        job.save()
-        job.train()
+    job.run(6)
     job.tensors[3][7] += 1  # in the middle of what was still for long
     got, _, sent, _ = job.save()
     assert got
@@ -163,9 +167,7 @@ def test_what_thaws_is_sent_at_once_and_what_freezes_is_found_later(pair: Callab
 
 def test_a_buffer_that_changed_under_us_is_refused_and_the_next_shard_comes_whole(pair: Callable[..., Pair]) -> None:
     job = pair(slots=1)
-    for _ in range(6):
-        job.save()
-        job.train()
+    job.run(6)
     at = next(placed.start for placed in job.layout.placed if placed.piece.key == "t3")
     job.free[0].mapped.view[at] ^= 1
     got, why, _, _ = job.save()
@@ -179,9 +181,7 @@ def test_a_buffer_that_changed_under_us_is_refused_and_the_next_shard_comes_whol
 
 def test_a_void_save_leaves_nothing_that_counts_as_held(pair: Callable[..., Pair]) -> None:
     job = pair(slots=1)
-    for _ in range(5):
-        job.save()
-        job.train()
+    job.run(5)
     got, why, _, _ = job.save(void=True)
     assert (got, why) == (None, "it gave up this save")
     assert job.free == []
@@ -192,9 +192,7 @@ def test_a_void_save_leaves_nothing_that_counts_as_held(pair: Callable[..., Pair
 
 def test_another_layout_goes_whole(pair: Callable[..., Pair]) -> None:
     job = pair(slots=1)
-    for _ in range(5):
-        job.save()
-        job.train()
+    job.run(5)
     job.tensors.append(torch.ones(64, dtype=torch.int32))  # within the padding's page or not, it is another layout
     job.lay_out()
     got, why, sent, _ = job.save()
@@ -210,9 +208,7 @@ def test_ranges_that_are_none_end_the_exchange(pair: Callable[..., Pair], ranges
         return torch.tensor((ranges * len(content))[: len(content)])  # where it is one: twice, they overlap
 
     job = pair(slots=1, timeout_s=2.0)
-    for _ in range(5):
-        job.save()
-        job.train()
+    job.run(5)
     job.alter = alter
     got, why, _, error = job.save()
     assert got is None
@@ -235,9 +231,7 @@ def test_a_rest_that_was_not_asked_for_ends_the_exchange(pair: Callable[..., Pai
 
 def test_ranges_that_never_come_end_the_exchange(pair: Callable[..., Pair]) -> None:
     job = pair(slots=1, timeout_s=1.0)
-    for _ in range(5):
-        job.save()
-        job.train()
+    job.run(5)
     job.alter = lambda sender, receiver, tag, content: None if tag == RANGES_TAG else content
     _, _, _, error = job.save()
     assert isinstance(error, ExchangeBrokenError)
