@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from resilience.replication.clique import CliqueExchange
+from tests.core.test_replication import break_the_link
 from tests.core.training import RUN, Act, Training, World, die, reference
 from tests.ranks import killed, values
 
@@ -113,3 +115,44 @@ def test_a_buffer_that_was_altered_costs_one_replica_and_is_filled_whole_the_nex
     assert lacking, "and did not count"
     assert len(lacking) <= 3  # as many as there were buffers
     assert 36 in protected
+
+
+def die_in_the_exchange_of_24(training: Training) -> None:
+    """Rank 1 is gone when all that had to be sent of its shard was sent, and before it said what it is."""
+    frozen(training)
+    if training.rank == 0:
+        return
+    run = CliqueExchange.run
+
+    def dying(self: CliqueExchange, offer: Any, inbox: Any) -> Any:
+        if offer.save.iteration == 24:
+            offer = replace(offer, digest=lambda: die(training))
+        return run(self, offer, inbox)
+
+    CliqueExchange.run = dying  # type: ignore[method-assign]
+
+
+def test_a_peer_that_dies_while_little_is_sent_leaves_no_half_replica(world: World) -> None:
+    settings = {"exchange_timeout_s": 5.0}
+    plan = world.plan("a", "b", steps=27, make=die_in_the_exchange_of_24, settle=(23,), resiliency=settings)
+    first, second = world.run(plan)
+    assert killed(second)
+    assert first.error in ("PeerLostError", "RuntimeError"), "whichever collective notices first"
+    assert traffic(world, 1)[21][1] > 0, "it was under way by then"
+    assert world.copies("a").get(24, {}).get(1) is None, "no replica of what was not announced"
+    world.lose("b")
+    results = values(world.run(replace(plan, make=frozen, settle=(), seed=1)))
+    assert [ran.resumed.iteration for ran in results] == [21, 21]
+    assert tuple(ran.digest for ran in results) == reference(2, 27, frozen)
+
+
+def test_after_a_link_broke_shards_come_whole_once_more_and_then_little_again(world: World) -> None:
+    acts = (Act(22, break_the_link, 0),)
+    plan = world.plan("a", "b", steps=48, make=frozen, settle=(22, 24, 25, 26, 27, 30), acts=acts)
+    results = values(world.run(plan))
+    assert tuple(ran.digest for ran in results) == reference(2, 48, frozen)
+    moved = traffic(world, 0)
+    after = [iteration for iteration in moved if iteration > 24]
+    assert moved[21][1] > 0
+    assert moved[after[0]][1] == 0, "the new epoch's owner does not know what its older shards were like"
+    assert moved[48][1] > moved[48][0]
