@@ -15,9 +15,10 @@ import torch
 
 from resilience.errors import SaveFailedError
 
-__all__ = ["copy_blocks", "is_block"]
+__all__ = ["copy_blocks", "is_block", "read_block"]
 
 _LARGE_BYTES: Final = 4 << 20
+_NO_MEMORY: Final = "a tensor that is to be saved has no memory: its storage was given back."
 
 
 def _memcpy(library: ctypes.CDLL) -> Callable[[int, int, int], Any]:
@@ -53,6 +54,14 @@ def copy_blocks(targets: Sequence[int], sources: Sequence[torch.Tensor], sizes: 
     """
     origins = [source.data_ptr() for source in sources]
     if not all(origins):
-        raise SaveFailedError("a tensor that is to be saved has no memory: its storage was given back.")
+        raise SaveFailedError(_NO_MEMORY)
     for target, origin, nbytes in zip(targets, origins, sizes, strict=True):
         (_copy_large if nbytes >= _LARGE_BYTES else _copy_small)(target, origin, nbytes)
+
+
+def read_block(block: torch.Tensor, start: int, count: int) -> bytes:
+    """The bytes of `count` elements from number `start` on. SaveFailedError where the block has no memory."""
+    origin, width = block.data_ptr(), block.element_size()
+    if not origin:
+        raise SaveFailedError(_NO_MEMORY)
+    return ctypes.string_at(origin + start * width, count * width)

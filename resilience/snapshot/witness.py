@@ -16,6 +16,7 @@ from typing import Final, Protocol
 import torch
 
 from resilience.snapshot.equality import hash_tensor
+from resilience.snapshot.memory_copy import is_block, read_block
 
 __all__ = ["Observed", "Quick", "Strict"]
 
@@ -45,7 +46,7 @@ class Quick:
         self._observed = observed
         self._seen = _counts(observed.sources)
         self._probes = _draw_probes(observed.sources, turn)
-        self.pairs = [(kept, source) for _, _, kept, source in self._probes]
+        self.pairs = [probe.pair for probe in self._probes if isinstance(probe, _Elements)]
 
     def unchanged(self) -> str:
         now = _counts(self._observed.sources)
@@ -55,31 +56,46 @@ class Quick:
         return _said(self._observed.name(changed[0]), len(changed))
 
     def agrees(self) -> str:
-        changed = [
-            number
-            for number, start, kept, _ in self._probes
-            if not _equal(kept, self._observed.view(number).reshape(-1)[start : start + kept.numel()])
-        ]
+        changed = [probe.number for probe in self._probes if not probe.agrees(self._observed.view(probe.number))]
         return _said(self._observed.name(changed[0]), len(changed)) if changed else ""
 
 
-def _draw_probes(sources: Sequence[torch.Tensor], turn: int) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """(Number, first element, room on the host, the elements) of a few sources."""
+class _Bytes:
+    """A probe of a block of the host's memory: read at once."""
+
+    def __init__(self, number: int, source: torch.Tensor, start: int, length: int) -> None:
+        self.number, self.start, self._length = number, start, length
+        self._kept = read_block(source, start, length)
+
+    def agrees(self, copied: torch.Tensor) -> bool:
+        return self._kept == read_block(copied, self.start, self._length)
+
+
+class _Elements:
+    """A probe of anything else: copied with what is copied at the boundary."""
+
+    def __init__(self, number: int, source: torch.Tensor, start: int, length: int) -> None:
+        self.number, self.start = number, start
+        elements = source.reshape(-1)[start : start + length]
+        self._kept = torch.empty_like(elements, device="cpu", pin_memory=elements.is_cuda)
+        self.pair = self._kept, elements
+
+    def agrees(self, copied: torch.Tensor) -> bool:
+        there = copied.reshape(-1)[self.start : self.start + self._kept.numel()]
+        return torch.equal(self._kept.view(torch.uint8), there.view(torch.uint8))
+
+
+def _draw_probes(sources: Sequence[torch.Tensor], turn: int) -> list[_Bytes | _Elements]:
+    """A few elements of a few sources."""
     chance = random.Random(turn)
-    found = []
+    found: list[_Bytes | _Elements] = []
     for number in chance.sample(range(len(sources)), min(_PROBES, len(sources))):
         source = sources[number]
         if source.is_contiguous() and source.numel():
             length = min(_PROBE_ELEMENTS, source.numel())
             start = chance.randrange(source.numel() - length + 1)
-            elements = source.reshape(-1)[start : start + length]
-            kept = torch.empty_like(elements, device="cpu", pin_memory=elements.is_cuda)
-            found.append((number, start, kept, elements))
+            found.append((_Bytes if is_block(source) else _Elements)(number, source, start, length))
     return found
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 class Strict:

@@ -3,8 +3,8 @@
 Of two saves, nearly all that is written is equal: thousands of tensors have the names, dtypes and memory that they had
 before. To walk over them one by one costs more than to copy small ones. So a model's entries and an optimizer's state
 are kept as JSON and items, and held against the live objects in a few sweeps, each over all tensors at once: the keys,
-the types, the dtypes, and that each tensor is the same elements of the same memory (`Tensor.is_set_to`). Whatever
-differs is written anew.
+the types, the dtypes, and that each tensor is the same elements of the same memory (`Tensor.is_set_to`). What has no
+tensors (an optimizer's param groups) is held against a mark of its values. Whatever differs is written anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from resilience.state.items import Item, Place, items_of
+from resilience.state.marks import NotPlainError, mark_of
 from resilience.state.sharding import Shardings, may_be_cut, sayings
 from resilience.state.tensors import is_dtensor
 from resilience.state.tree import Written, encode_part
@@ -68,11 +69,22 @@ class _Section(Written):
         return [each._local_tensor if is_dtensor(each) else each for each in tensors] if self._distributed else tensors
 
 
+class _Values(Written):
+    """One part without tensors as it was written: what it was written of."""
+
+    def __init__(self, path: str, depth: int, value: Any, mark: Hashable) -> None:
+        """Raises what `encode_part` raises."""
+        text, _ = encode_part(value, path, depth)
+        super().__init__(text)
+        self.mark = mark
+
+
 class KeptSections:
     """The kept parts of one training state. `take` each in the order of the tree, then `items` once."""
 
     def __init__(self) -> None:
         self._sections: dict[str, _Section] = {}
+        self._values: dict[str, _Values] = {}
         self._fresh = True  # whether a section came, changed or went since the last items
         self._of: tuple[object, ...] = ()  # of which sections, and after which sayings, the items are
         self._memory: dict[Hashable, str] = {}  # which key came first with it, among the sections' items
@@ -92,10 +104,22 @@ class KeptSections:
         self._sections[path] = _Section(path, depth, value, keys, leaves)
         return self._sections[path]
 
+    def take_values(self, path: str, value: Any, depth: int) -> Any:
+        """As `take`, of what has no tensors in it; with tensors it is `value`."""
+        try:
+            mark = mark_of(value)
+        except NotPlainError:
+            return value
+        kept = self._values.get(path)
+        if kept is None or kept.mark != mark:
+            kept = self._values[path] = _Values(path, depth, value, mark)
+        return kept
+
     def items(
         self, found: Found, places: dict[Hashable, Place], shardings: Callable[[], Shardings]
     ) -> tuple[Item, ...]:
         """The items of what `encode_around` found, in its order."""
+        found = [pair for pair in found if not isinstance(pair[1], _Values)]
         of = (*(id(each) for _, each in found if isinstance(each, _Section)), sayings())
         if self._fresh or of != self._of:
             self._make_items(found, places, shardings())

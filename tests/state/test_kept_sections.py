@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -141,7 +142,26 @@ def say_so(world: World) -> None:
     shard(world.net.one.weight, 0, 1, 3)
 
 
+def change_rate(world: World) -> None:
+    """To what Python calls equal, and is written otherwise."""
+    group = world.optimizer.param_groups[0]
+    group["lr"] = {"0.001": 1, "1": 1.0, "1.0": True, "True": 0.0, "0.0": -0.0}.get(repr(group["lr"]), 0.001)
+
+
+def rate_tensor(world: World) -> None:
+    world.optimizer.param_groups[0]["lr"] = torch.tensor(0.001)
+
+
+def add_group(world: World) -> None:
+    world.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.5})
+
+
+def draw(world: World) -> None:
+    random.random()
+
+
 ACTIONS = [
+    change_rate, rate_tensor, add_group, draw,
     World.step, transpose, move, retype, reinterpret, grow, tie, tie_moments, tie_outside, part, drop_state, count,
     negate_zero, nest, unnest, swap_shapes, complex_values, conjugate, freeze, say_so,
 ]  # fmt: skip

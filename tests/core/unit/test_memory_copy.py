@@ -12,7 +12,7 @@ from torch import nn
 
 from resilience.errors import SaveFailedError
 from resilience.snapshot import memory_copy
-from resilience.snapshot.memory_copy import copy_blocks, is_block
+from resilience.snapshot.memory_copy import copy_blocks, is_block, read_block
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
@@ -74,3 +74,16 @@ def test_memory_that_was_had_anew_is_found_where_it_is_now() -> None:
     ctypes.memset(storage.data_ptr(), 1, 32)
     copy_blocks([target.data_ptr()], [kept], [32])
     assert target.view(torch.uint8).eq(1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_of_a_block_is_read_as_its_bytes(dtype: torch.dtype) -> None:
+    block = (torch.rand(40, 3) * 100).to(dtype)[10:]
+    assert read_block(block, 7, 5) == bytes(block.reshape(-1)[7:12].view(torch.uint8).numpy())
+
+
+def test_a_part_of_memory_that_was_given_back_is_not_read() -> None:
+    gone = torch.ones(8)
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(SaveFailedError, match="no memory"):
+        read_block(gone, 2, 2)

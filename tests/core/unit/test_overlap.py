@@ -343,10 +343,23 @@ def test_weights_that_are_exchanged_for_a_while_are_found_by_the_probes_of_any_c
 def test_probes_are_other_ones_in_each_copy_and_wait_for_nothing() -> None:
     sources = [torch.randn(100) for _ in range(50)]
     drawn = [witness_module._draw_probes(sources, turn) for turn in (1, 1, 2)]
-    chosen = [[(number, start) for number, start, _, _ in probes] for probes in drawn]
+    chosen = [[(probe.number, probe.start) for probe in probes] for probes in drawn]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(chosen[0]) == 16
     assert witness_module._draw_probes([torch.randn(0), torch.randn(5, 4).t()], 1) == []
+
+
+@pytest.mark.parametrize(
+    "source", [torch.randn(40), torch.randn(40, dtype=torch.complex64).conj()], ids=["block", "conj"]
+)
+def test_a_probe_of_any_kind_tells_another_value_from_its_own(source: torch.Tensor) -> None:
+    (probe,) = witness_module._draw_probes([source], 1)
+    for kept, elements in [] if isinstance(probe, witness_module._Bytes) else [probe.pair]:
+        kept.copy_(elements)
+    copied = source.clone() if not source.is_conj() else source.resolve_conj()
+    assert probe.agrees(copied)
+    copied[probe.start] += 1
+    assert not probe.agrees(copied)
 
 
 def test_a_counted_write_while_it_is_copied_fails_any_copy(rig: Callable[..., Rig]) -> None:
