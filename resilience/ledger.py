@@ -27,6 +27,8 @@ __all__ = ["Ledger"]
 
 _LONGEST_CADENCE = 10  # `cadence="auto"` goes up to this many times the configured interval
 
+_LOOKS_PER_INTERVAL = 4
+
 
 class Ledger:
     """The agreed side of one start. Used by the training thread."""
@@ -54,6 +56,7 @@ class Ledger:
         self._lookout = lookout
         self._interval = checkpoint.non_persistent_save_interval
         self.book = book
+        self._pruned: Book | None = None  # the newest book of which nothing was to be deleted
         self.iteration = 0  # finished on this rank
         self.heard: set[str] = set()  # of any rank, agreed and not yet acted on
         self.parted = False  # some rank's loader has ended: no exchange any more
@@ -99,9 +102,12 @@ class Ledger:
             self._saving.replicas.set_epoch(agreed.epoch_wanted)
         for change in changes:
             self._note(change)
-        self.delete(self.book.deletions(self._resiliency.keep_last))
+        if self.book is not self._pruned:
+            doomed = self.book.deletions(self._resiliency.keep_last)
+            self.delete(doomed)
+            self._pruned = None if doomed else self.book
         self._adapt(agreed)
-        self._look_out(agreed)
+        self._look_out(agreed, bool(changes))
         return agreed
 
     def settle(self) -> str:
@@ -206,9 +212,13 @@ class Ledger:
             longest_steps=_LONGEST_CADENCE * wished,
         )  # fmt: skip
 
-    def _look_out(self, agreed: ControlAgreement) -> None:
-        """Is the job protected, are saves too far apart? From what all ranks agreed on, so that all find the same."""
-        intervals = [every for every in (self._interval, self._checkpoint.save_interval) if every is not None]
-        self._lookout.look(
-            agreed.iteration, min(intervals, default=None), step_s=agreed.step_us / 1e6, save_s=agreed.stall_us / 1e6
+    def _look_out(self, agreed: ControlAgreement, changed: bool) -> None:
+        """Is the job protected, are saves too far apart? From what all ranks agreed on, so that all find the same.
+
+        Asked when a save `changed`, and a few times an interval.
+        """
+        interval = min(
+            (every for every in (self._interval, self._checkpoint.save_interval) if every is not None), default=None
         )
+        if changed or agreed.iteration % max(1, (interval or 1) // _LOOKS_PER_INTERVAL) == 0:
+            self._lookout.look(agreed.iteration, interval, step_s=agreed.step_us / 1e6, save_s=agreed.stall_us / 1e6)

@@ -67,7 +67,9 @@ class Book:
         return len(self.slots()) + 2 <= SLOTS
 
     def agree(self, agreement: ControlAgreement, slots: Sequence[SaveId]) -> tuple[Book, tuple[Change, ...]]:
-        """Take in the outcome of the exchange that reported on `slots`."""
+        """Take in the outcome of the exchange that reported on `slots`; the very same book if on none."""
+        if not slots:
+            return self, ()
         entries = {entry.save: entry for entry in self.entries}
         changes: list[Change] = []
         for slot, seen in zip(slots, agreement.saves, strict=False):
