@@ -288,7 +288,7 @@ class ResiliencyController:
         if not ledger.parted:
             start.setup.barrier()
         if not keep and not ledger.parted and self.iteration in ledger.persistent_at:
-            saving.free_node_memory()
+            saving.afterwards.free_node_memory()
         elif (
             saving.keeps_on_nodes
             and ledger.book.entries

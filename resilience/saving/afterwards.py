@@ -20,7 +20,7 @@ __all__ = ["Afterwards"]
 
 
 class Afterwards:
-    """The attempt log and the kept saves of one start on one rank. Methods are local."""
+    """The attempt log and the kept saves of one start on one rank. Methods are local unless they say otherwise."""
 
     def __init__(self, start: Start, log: AttemptLog, lanes: Lanes, fs: FileSystem, tell: Callable[..., None]) -> None:
         self.log = log
@@ -118,6 +118,20 @@ class Afterwards:
             self._write_shared_log()
         except OSError as error:
             self._tell("warning", what=f"the attempt log could not be written: {error}", advice="")
+
+    def free_node_memory(self) -> None:
+        """The run finished and its last persistent save is committed: its copies on this node go. Collective."""
+        self._lanes.give_up()
+        self._lanes.reserve.wait(CLOSE_BOUND_S)
+        if self._start.keeper is not None:
+            self._start.keeper.close()
+        self._start.setup.barrier()
+        if self._start.job.leads_node:
+            for store in self._start.stores:
+                try:
+                    store.forget()
+                except OSError as error:  # all is saved: no reason to say that the run failed
+                    self._tell("warning", what=f"{store.root} is not freed: {error}", advice="Remove it.")
 
     def begin_log(self) -> None:
         """In every node's directory and in `save`. A node that cannot take it now has it before its next copy."""

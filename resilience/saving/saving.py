@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from resilience.assembly import Start, agree_all
 from resilience.config import CheckpointConfig, ResiliencyConfig
-from resilience.errors import ConfigError, PeerLostError, ResilienceError, SaveFailedError, StoreError
+from resilience.errors import ConfigError, PeerLostError, ResilienceError, StoreError
 from resilience.formats.registry import checkpoint_format
 from resilience.formats.saver import SharedSaver
 from resilience.planning.book import Book, Change, Entry, drain_slot
@@ -19,7 +18,6 @@ from resilience.planning.inventory import AttemptLog, Kept, SaveId, Tier
 from resilience.planning.memory import arenas_per_rank
 from resilience.planning.patience import STILL_BOUNDS
 from resilience.planning.schedule import Due, shortest_interval
-from resilience.planning.travel import Range
 from resilience.replication.communicator import Agreements
 from resilience.replication.protection import Board, SaveJob
 from resilience.reports import SaveReport
@@ -28,17 +26,19 @@ from resilience.runtime.clock import Clock
 from resilience.runtime.worker import Lane
 from resilience.saving.afterwards import Afterwards
 from resilience.saving.budget import Budget
+from resilience.saving.charge import in_charge_of
 from resilience.saving.drain import Drain
-from resilience.saving.lanes import CLOSE_BOUND_S, Lanes
+from resilience.saving.filling import ArenaRoom, Filling
+from resilience.saving.lanes import Lanes
+from resilience.saving.outcomes import error_of, report_of, state_of
 from resilience.saving.progress import Stillness
 from resilience.saving.replicas import Replicas
 from resilience.saving.reservation import Buffers, Reservation
 from resilience.saving.wish import Snapshot, Wish
-from resilience.snapshot.copying import DONE, Copying, Part
-from resilience.snapshot.layout import ShardIdentity
+from resilience.snapshot.copying import Copying
 from resilience.snapshot.overlap import Overlap, WatchSteps
 from resilience.snapshot.planner import PlanGroups, SnapshotPlanner
-from resilience.snapshot.twins import Twin, Twins, rest_for
+from resilience.snapshot.twins import Twins
 from resilience.state.items import Collected
 from resilience.state.training_state import TrainingState
 from resilience.stores.filesystem import FileSystem
@@ -76,58 +76,36 @@ class Saving:
         self._fs = fs
         self.tell = tell
         self.board = Board(start.threads)
-        job, communicator = start.job, start.communicator
-        members = job.data_parallel()
+        members = start.job.data_parallel()
         name = f"{members[0]}-{len(members)}"
         # a snapshot serves both kinds of save: where one rank writes all that is replicated, it must have all of it
         split = checkpoint.non_persistent_local_ckpt_algo == "fully_parallel" and checkpoint.fully_parallel_save
-        self._planner = SnapshotPlanner(members, members.index(job.rank), split=split)
-        self._plan_groups = self._join_plan_groups(name, members)
+        self._planner = SnapshotPlanner(members, members.index(start.job.rank), split=split)
+        self._plan_groups = groups = self._join_plan_groups(name, members)
         self._replan = True
         self._budgeted = False
         self._turn = 0
-        self._rest: tuple[Range, ...] = ()  # what of this rank's shard a holder that composes it needs
-        overlapped = resiliency.snapshot_mode == "overlapped"
-        self.lanes = lanes = Lanes(tell, start.threads, overlapped=overlapped)
-        self._copying = Copying(lanes.copy, start.threads, tell)
-        self._overlap = Overlap(state, self._copying, tell, clock.now, watch_steps) if overlapped else None
         self._begun: SaveReport | None = None  # of the newest snapshot
-        self.afterwards = Afterwards(start, log, lanes, fs, tell)
-        self._groups: list[Agreements] = [self._plan_groups.own]
-        if self._plan_groups.leaders is not None:
-            self._groups.append(self._plan_groups.leaders)
-        equality = communicator.agreements(f"equality/{name}", members)
-        drain = communicator.agreements("drain")
-        self._groups += [equality, drain]
-        self.replicas: Replicas | None = None
+        overlapped = resiliency.snapshot_mode == "overlapped"
+        self.lanes = Lanes(tell, start.threads, overlapped=overlapped)
+        self._copying = Copying(self.lanes.copy, start.threads, tell)
+        self._overlap = Overlap(state, self._copying, tell, clock.now, watch_steps) if overlapped else None
+        self.afterwards = Afterwards(start, log, self.lanes, fs, tell)
+        equality = start.communicator.agreements(f"equality/{name}", members)
+        drain = start.communicator.agreements("drain")
+        self._groups = [each for each in (groups.own, groups.leaders, equality, drain) if each is not None]
         self._twins: Twins | None = None
+        self.replicas: Replicas | None = None
         self._reservation: Reservation | None = None
         if start.keeper is not None:
-            self._twins = Twins(members, start.threads) if resiliency.replicas_from == "live" else None
-            self.replicas = Replicas(start, start.keeper, equality, self.board, lanes.protect, clock, tell, self._twins)
-            self._reservation = Reservation(start.keeper, lanes.reserve, tell)
-            if any(device.type == "cuda" for device in state.devices):
-                start.keeper.prepare = self._copying.prepare
-            lanes.give_up = self._reservation.stop
+            self._keep_on_nodes(start.keeper, members, equality)
+        self._filling = Filling(start, state, self._planner, self._copying, self._overlap, self._twins)
         self._budget = Budget(
             start, checkpoint, resiliency, fs, tell, split=self._planner.split, file_is_arena=self._file_is_arena,
             again=log.generation > 1,
         )  # fmt: skip
         self._kept_here: Mapping[Kept, int] = {}  # what this rank keeps of a save for others: bytes of each file
-        form = checkpoint_format(checkpoint.ckpt_format)
-        form = form.keeping_plans() if checkpoint.ckpt_assume_constant_structure else form
-        self.drain = Drain(
-            start,
-            state,
-            checkpoint,
-            SharedSaver(form, drain, fs),
-            self.board,
-            lanes.drain,
-            clock,
-            tell,
-            save_frozen=resiliency.save_frozen,
-            equality=None if self.keeps_on_nodes else equality,
-        )
+        self.drain = self._make_drain(drain, None if self.keeps_on_nodes else equality)
 
     # -- at the start -------------------------------------------------------------------------------------------------
 
@@ -141,6 +119,28 @@ class Saving:
             return PlanGroups(own, several)
         return PlanGroups(own, several, communicator.agreements("layout-leaders", leaders))
 
+    def _keep_on_nodes(self, keeper: ShardKeeper, members: Sequence[int], equality: Agreements) -> None:
+        """Have what copies on nodes need: buffers ahead of time, and the way to the clique."""
+        start, lanes = self._start, self.lanes
+        if self._resiliency.replicas_from == "live":
+            self._twins = Twins(members, start.threads)
+        self.replicas = Replicas(
+            start, keeper, equality, self.board, lanes.protect, self._clock, self.tell, self._twins
+        )  # fmt: skip
+        self._reservation = Reservation(keeper, lanes.reserve, self.tell)
+        if any(device.type == "cuda" for device in self._state.devices):
+            keeper.prepare = self._copying.prepare
+        lanes.give_up = self._reservation.stop
+
+    def _make_drain(self, group: Agreements, equality: Agreements | None) -> Drain:
+        checkpoint = self._checkpoint
+        form = checkpoint_format(checkpoint.ckpt_format)
+        form = form.keeping_plans() if checkpoint.ckpt_assume_constant_structure else form
+        return Drain(
+            self._start, self._state, checkpoint, SharedSaver(form, group, self._fs), self.board, self.lanes.drain,
+            self._clock, self.tell, save_frozen=self._resiliency.save_frozen, equality=equality,
+        )  # fmt: skip
+
     def adopt(self, plan: Plan) -> Book:
         """Take charge of what the nodes keep, note the attempt, and start to replicate again. Collective."""
         kept = self.afterwards.kept = plan.standing.kept
@@ -149,7 +149,7 @@ class Saving:
         if keeper is not None:
             keeper.keep_only(kept)
             for save in kept:
-                keeper.adopt(save, self._mine_of(save, keeper))
+                keeper.adopt(save, in_charge_of(self._start, keeper, save))
         if self._reservation is not None:
             self._reservation.enlarge()
         agree_all(self._start.setup, self.afterwards.begin_log)
@@ -163,22 +163,6 @@ class Saving:
         # but themselves
         whole = elected if plan.standing.whole else None
         return Book(tuple(Entry(save, "protected" if save == whole else "primary", True) for save in kept))
-
-    def _mine_of(self, save: SaveId, keeper: ShardKeeper) -> list[Kept]:
-        """The files on this node that this rank will delete one day: its own and what it holds for others.
-
-        The node's leader takes what nobody on the node is responsible for any more, because ranks moved.
-        """
-        job = self._start.job
-        there = keeper.store.kept_of(save)
-        claimed = {kept for rank in job.node_ranks for kept in self._kept_by(rank)}
-        mine = self._kept_by(job.rank)
-        return [kept for kept in there if kept in mine or (job.leads_node and kept not in claimed)]
-
-    def _kept_by(self, rank: int) -> set[Kept]:
-        """What a rank keeps of each save, by name."""
-        nothing = [0] * self._start.job.world_size  # sizes, which do not matter here
-        return {rank, *self._start.scheme.files(self._start.topology, rank, nothing)}
 
     def _agree_where_arenas_lie(self) -> None:
         """When an arena is free is decided alike everywhere only if it is everywhere the file, or nowhere."""
@@ -220,6 +204,10 @@ class Saving:
         return keeper is not None and keeper.file_is_arena and self.keeps_on_nodes
 
     @property
+    def _arena_room(self) -> ArenaRoom:
+        return ArenaRoom(self._capacity, self._resiliency.exchange_timeout_s / 2, self._file_is_arena)
+
+    @property
     def _capacity(self) -> int:
         interval = shortest_interval(self._checkpoint.non_persistent_save_interval, self._resiliency.cadence)
         return arenas_per_rank(self._resiliency.keep_last, interval, self._file_is_arena)
@@ -252,7 +240,10 @@ class Saving:
         snapshot: Snapshot | None = None
         if collected is not None:
             try:
-                snapshot = self._fill(save, collected, wish)
+                waited_for = self._is_waited_for(wish)
+                snapshot = self._filling.fill(
+                    save, collected, wish, self._turn, self._arena_room, waited_for=waited_for
+                )
             except (ResilienceError, OSError) as error:
                 problem = str(error)
         stall_s = self._clock.now() - began
@@ -305,50 +296,6 @@ class Saving:
             self._fix_memory(collected)
         return ""
 
-    def _fill(self, save: SaveId, collected: Collected, wish: Wish) -> Snapshot:
-        layout = self._planner.fit(collected)
-        keeper, job = self._start.keeper, self._start.job
-        if keeper is None:
-            raise SaveFailedError("no directory for arenas is configured")
-        arena = keeper.take_arena(
-            layout.nbytes, self._capacity, self._resiliency.exchange_timeout_s / 2, held_count=self._file_is_arena
-        )
-        composed: dict[int, tuple[Twin, Part]] = {}
-        try:
-            healthy = self._state.healthy is None or bool(self._state.healthy())
-            identity = ShardIdentity(
-                self._start.run_id, save.attempt, save.generation, save.iteration, job.rank, job.world_size,
-                len(collected.values),
-            )  # fmt: skip
-            own = self._planner.part(collected, arena)
-            composed = self._compose(collected, keeper) if wish.on_nodes else {}
-            sample, pairs = self._planner.sample(collected, self._turn)
-            parts = [own, *(part for _, part in composed.values())]
-            copy, seal = DONE, lambda: arena.seal(identity)
-            if self._overlap is not None and self._overlap.works and not self._is_waited_for(wish):
-                copy = self._overlap.start(parts, collected.items, sample, pairs, seal)
-            else:
-                self._copying.start(parts, pairs, seal)
-        except BaseException:
-            for owner, (twin, _) in composed.items():
-                keeper.discard(owner, twin.slot, reusable=True)
-            keeper.unpin(arena)
-            raise
-        twins = {owner: twin for owner, (twin, _) in composed.items()}
-        if wish.on_nodes and wish.drain:
-            keeper.pin(arena)
-        job_of_it = SaveJob(
-            save, arena, sample, self._planner.split, healthy, "", layout.layout_id, self._rest, twins, copy
-        )  # fmt: skip
-        return Snapshot(arena, collected, job_of_it, self._planner.across)
-
-    def _compose(self, collected: Collected, keeper: ShardKeeper) -> dict[int, tuple[Twin, Part]]:
-        """Replicas of others' shards, as far as this rank has the same; nothing where they come over the network."""
-        if self._twins is None or self._planner.layout is None:
-            return {}
-        self._rest = rest_for(self._planner.layout)
-        return self._twins.compose(self._planner.layout, collected.items, self._planner.shared, keeper.warm_slot)
-
     def _reserve(self) -> None:
         """Have the buffers of all saves to come made in the background: the training thread's own first."""
         layout, job, reservation = self._planner.layout, self._start.job, self._reservation
@@ -381,8 +328,10 @@ class Saving:
             self._wait_for(self.lanes.drain, save)
         if wish.on_nodes and self._resiliency.non_persistent_sync:
             self._wait_for(self.lanes.protect, save)
-        report = self.report(save, wish, max(stall_s, self._clock.now() - began), self._state_of(save, wish, problem))
-        return replace(report, bytes=snapshot.arena.nbytes if snapshot else 0, error=problem or self._error(save))
+        state = state_of(self.board, save, wish, problem)
+        report = self.report(save, wish, max(stall_s, self._clock.now() - began), state)
+        error = problem or error_of(self.board, save)
+        return replace(report, bytes=snapshot.arena.nbytes if snapshot else 0, error=error)
 
     def _is_waited_for(self, wish: Wish) -> bool:
         """Whether training waits for what is made of the snapshot: then nothing is won by a copy that goes on."""
@@ -405,28 +354,8 @@ class Saving:
                 self.tell("warning", what=what, advice=advice)
                 return
 
-    def _state_of(self, save: SaveId, wish: Wish, problem: str) -> str:
-        if problem:
-            return "failed"
-        reports = self.board.reports([drain_slot(save)] if wish.drain and not wish.on_nodes else [save])
-        if not reports or not reports[0].settled:
-            return "pending"
-        if reports[0].failed:
-            return "failed"
-        return "persistent" if wish.persistent and not wish.on_nodes else reports[0].progress
-
-    def _error(self, save: SaveId) -> str:
-        return self.board.error(save) or self.board.error(drain_slot(save))
-
     def report(self, save: SaveId, wish: Wish, stall_s: float, state: str) -> SaveReport:
-        tiers: list[Tier] = [self.afterwards.tier] if wish.on_nodes else []
-        tiers += ["global"] if wish.to_global else []
-        tiers += ["persistent"] if wish.persistent else []
-        non_persistent = wish.on_nodes or wish.to_global
-        kind: Literal["persistent", "non_persistent", "both"] = "non_persistent" if non_persistent else "persistent"
-        if wish.persistent and non_persistent:
-            kind = "both"
-        return SaveReport(kind, save.iteration, save.generation, tuple(tiers), stall_s, state, 0)
+        return report_of(save, wish, self.afterwards.tier, stall_s, state)
 
     def estimate_memory(self) -> None:
         """Before the first step. Collective; MemoryBudgetError on all ranks alike."""
@@ -478,20 +407,6 @@ class Saving:
         """A mark that changes whenever the background work for saves moves."""
         transfers = 0 if self.replicas is None else self.replicas.transfers
         return self.lanes.finished(), transfers, self._fs.moved_bytes, self.board.reports(slots)
-
-    def free_node_memory(self) -> None:
-        """The run finished and its last persistent save is committed: its copies on this node go. Collective."""
-        self.lanes.give_up()
-        self.lanes.reserve.wait(CLOSE_BOUND_S)
-        if self._start.keeper is not None:
-            self._start.keeper.close()
-        self._start.setup.barrier()
-        if self._start.job.leads_node:
-            for store in self._start.stores:
-                try:
-                    store.forget()
-                except OSError as error:  # all is saved: no reason to say that the run failed
-                    self.tell("warning", what=f"{store.root} is not freed: {error}", advice="Remove it.")
 
     def close(self, *, failed: bool) -> bool:
         """End lanes and groups within a bound; committed copies stay. False if a lane is stuck."""
