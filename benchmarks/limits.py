@@ -1,7 +1,10 @@
-"""What the machine can do: copy the same bytes, hash them, send them over the network both ways at once."""
+"""What the machine can do: copy the same bytes, hash them, send them over the network both ways at once, and write
+them to a disk."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -41,7 +44,13 @@ class Limits:
         )
 
     def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
-        return {"memcpy": self.memcpy, "hash": self.hash, "gloo": self.gloo, "gloo_one_way": self.gloo_one_way}
+        return {
+            "memcpy": self.memcpy,
+            "hash": self.hash,
+            "gloo": self.gloo,
+            "gloo_one_way": self.gloo_one_way,
+            "disk": self.disk,
+        }
 
     def memcpy(self) -> dict[str, Any]:
         """A warm copy of one shard's bytes, on all ranks at once."""
@@ -63,6 +72,11 @@ class Limits:
         way = self._send if self._rank == 0 else self._receive
         return {"seconds": timed(lambda: _wait(way() + way()))}
 
+    def disk(self) -> dict[str, Any]:
+        """The shard written to a new file of the temporary directory, and fsynced, on all ranks at once."""
+        with tempfile.TemporaryFile(buffering=0) as file:
+            return {"seconds": self._repeat * timed(lambda: _write(file.fileno(), self._mapped[0].view))}
+
     def _receive(self) -> list[Any]:
         return [self._group.recv([self._in[a:b]], self._before, 1) for a, b in self._segments]
 
@@ -76,3 +90,9 @@ class Limits:
 def _wait(works: list[Any]) -> None:
     for work in works:
         work.wait()
+
+
+def _write(fd: int, content: memoryview) -> None:
+    while content:
+        content = content[os.write(fd, content) :]
+    os.fsync(fd)

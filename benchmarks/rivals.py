@@ -1,4 +1,4 @@
-"""What users would otherwise call, with torch alone: `torch.save`, `dcp.save`, `dcp.async_save`.
+"""What users would otherwise call, with torch alone: `torch.save`, `dcp.save`, `dcp.async_save` by thread and process.
 
 Each gets the rank's half of the state, cut out beforehand, and writes new files on the same mount.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
 
 from benchmarks.folders import fresh_folder
 from benchmarks.rank import Place, timed, waited
@@ -25,7 +25,12 @@ class Rivals:
         self._half = half
 
     def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
-        return {"torch_save": self.torch_save, "dcp_save": self.dcp_save, "dcp_async": self.dcp_async}
+        return {
+            "torch_save": self.torch_save,
+            "dcp_save": self.dcp_save,
+            "dcp_async": lambda: self.dcp_async(AsyncCheckpointerType.THREAD),
+            "dcp_process": lambda: self.dcp_async(AsyncCheckpointerType.PROCESS),
+        }
 
     def torch_save(self) -> dict[str, Any]:
         """One file per rank."""
@@ -40,7 +45,13 @@ class Rivals:
         with fresh_folder(self._place, "dcp") as folder:
             return {"seconds": timed(lambda: save(self._half, checkpoint_id=folder))}
 
-    def dcp_async(self) -> dict[str, Any]:
-        """`dcp.async_save`: what the training thread waits, and when the checkpoint is there."""
-        with fresh_folder(self._place, "dcp-async") as folder:
-            return waited(lambda: async_save(self._half, checkpoint_id=folder), lambda future: future.result())
+    def dcp_async(self, by: AsyncCheckpointerType) -> dict[str, Any]:
+        """`dcp.async_save`: what the training thread waits, and when the checkpoint is there.
+
+        `by`: who writes, a thread of this process or another process, which stays from the first time on.
+        """
+        with fresh_folder(self._place, f"dcp-{by.value}") as folder:
+            return waited(
+                lambda: async_save(self._half, checkpoint_id=folder, async_checkpointer_type=by),
+                lambda future: future.result(),
+            )

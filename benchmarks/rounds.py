@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 _SAVES: Final = (
     "memcpy", "ours_local", "torch_save", "ours_replicated", "gloo", "hash", "dcp_save", "ours_device_bound",
-    "dcp_async", "ours_in_flight",
+    "dcp_async", "disk", "ours_in_flight", "dcp_process",
 )  # fmt: skip
 _NVRX: Final = (
     "nvrx_local", "drop_in_local", "nvrx_replicated", "drop_in_replicated", "nvrx_async", "drop_in_async",

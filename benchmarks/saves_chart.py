@@ -34,6 +34,7 @@ _ROWS: Final = (
     ("torch.save", "torch_save", "torch_save"),
     ("DCP save", "dcp_save", "dcp_save"),
     ("DCP async_save", "dcp_async.stall", "dcp_async"),
+    ("DCP async_save, a process", "dcp_process.stall", "dcp_process"),
     ("NVRx, own node", "nvrx_local", "nvrx_local"),
     ("NVRx, 2-fold", "nvrx_replicated", "nvrx_replicated"),
     *((f"{each.name} save", f"{each.module}_save", f"{each.module}_save") for each in PEERS),
@@ -46,7 +47,7 @@ _ROWS: Final = (
         for each in PEERS
     ),
 )
-_LIMITS: Final = (("memcpy", ("memcpy",)), ("gloo + memcpy", ("gloo", "memcpy")))
+_LIMITS: Final = (("memcpy", ("memcpy",)), ("gloo + memcpy", ("gloo", "memcpy")), ("disk", ("disk",)))
 
 
 def chart(found: Samples) -> str:
@@ -61,6 +62,8 @@ def chart(found: Samples) -> str:
         parts.append(tag("line", x1=x, x2=x, y1=_TOP - 8, y2=bottom, class_="grid"))
         parts.append(tag("text", f"{ms:,} ms", x=x, y=bottom + 20, text_anchor="middle"))
     for label, names in _LIMITS:
+        if not all(map(found.__contains__, names)):
+            continue
         x = _x(sum(median(found[name]) for name in names))
         parts.append(tag("line", x1=x, x2=x, y1=_TOP - 12, y2=bottom, class_="limit"))
         parts.append(tag("text", label, x=x, y=_TOP - 17, text_anchor="middle"))
