@@ -170,7 +170,7 @@ class Saving:
         The node's leader takes what nobody on the node is responsible for any more, because ranks moved.
         """
         job = self._start.job
-        there = keeper.store.kept_of(save)
+        there = keeper.store.reader.kept_of(save)
         claimed = {kept for rank in job.node_ranks for kept in self._kept_by(rank)}
         mine = self._kept_by(job.rank)
         return [kept for kept in there if kept in mine or (job.leads_node and kept not in claimed)]
@@ -489,7 +489,7 @@ class Saving:
         if self._start.job.leads_node:
             for store in self._start.stores:
                 try:
-                    store.forget()
+                    store.remover.forget()
                 except OSError as error:  # all is saved: no reason to say that the run failed
                     self.tell("warning", what=f"{store.root} is not freed: {error}", advice="Remove it.")
 
