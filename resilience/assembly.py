@@ -155,8 +155,9 @@ def _assemble(
         elastic=resiliency.elastic,
     )
     assembler = _assembler(checkpoint, job, communicator, setup, stores, keeper, shared.peers, fs, tell, threads)
+    readers = tuple(store.reader for store in stores)
     restorer = Restorer(
-        job, setup, run_id, attempt, stores, gatherer, shared, topology, policy, clock, tell, assembler
+        job, setup, run_id, attempt, readers, gatherer, shared, topology, policy, clock, tell, assembler
     )  # fmt: skip
     return Start(
         job,
@@ -191,7 +192,7 @@ def _assembler(
     if keeper is None:
         return None
     bringer = ShardBringer(
-        job, communicator, setup, stores, keeper,
+        job, communicator, setup, [store.reader for store in stores], keeper,
         lambda: available_bytes(keeper.arena_dir, keeper.store.base, fs), tell, threads,
     )  # fmt: skip
     return AssemblyLoader(job, setup, bringer, checkpoint, peers, keeper.store, fs, tell)
@@ -319,7 +320,7 @@ def _sweep(stores: Sequence[NodeStore], tell: Callable[..., None]) -> None:
     """Remove what an earlier start left unfinished. A directory that cannot be read is the inventory's to judge."""
     for store in stores:
         try:
-            store.sweep()
+            store.remover.sweep()
         except OSError as error:
             tell("warning", what=f"{store.root} could not be swept: {error}", advice="")
 

@@ -14,7 +14,7 @@ from resilience.formats.registry import format_name
 from resilience.planning.catalog import CatalogEntry, catalog
 from resilience.stores.discovery import Sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
-from resilience.stores.node_store import CopyLocation
+from resilience.stores.node_reader import CopyLocation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ def _copies(entry: CatalogEntry, sources: Sources) -> list[Path]:
     found: list[Path] = []
     for node in sources.nodes:
         if node.run_id == entry.run_id:
-            survey = node.store(sources.fs).survey()
+            survey = node.reader(sources.fs).survey()
             found += [c.path for _, c in survey if isinstance(c, CopyLocation) and c.record.save == entry.save]
     return found
 

@@ -18,6 +18,7 @@ from resilience.planning.pruning import verdicts
 from resilience.stores.discovery import NodeDirectory, Sources
 from resilience.stores.filesystem import FileSystem
 from resilience.stores.lock import ALL_RANKS, DirectoryLock
+from resilience.stores.node_remover import NodeRemover, leftovers
 from resilience.stores.shared_store import SharedStore
 
 if TYPE_CHECKING:
@@ -110,12 +111,12 @@ def _prune(sources: Sources, args: argparse.Namespace, work: _Work) -> None:
 def _drop(sources: Sources, run_id: str, save: SaveId) -> None:
     for node in sources.nodes:
         if node.run_id == run_id:
-            node.store(sources.fs).drop(save)
+            NodeRemover(node.path, sources.fs).drop(save)
 
 
 def _sweep(node: NodeDirectory, fs: FileSystem, work: _Work, *, dry_run: bool) -> None:
     """Temporary files, free buffers and shards without a record."""
-    for path in list(node.store(fs).leftovers()):
+    for path in list(leftovers(node.path, fs)):
         found = fs.stat(path)
         if found is None:
             continue

@@ -12,7 +12,7 @@ from resilience.errors import CorruptCopyError, ResilienceError, SourceUnavailab
 from resilience.formats.proof import folder_damage
 from resilience.stores.discovery import NodeDirectory, Sources
 from resilience.stores.filesystem import FileSystem
-from resilience.stores.node_store import CopyLocation
+from resilience.stores.node_reader import CopyLocation
 from resilience.stores.proof import CopyGoneError, prove_copy, prove_header
 from resilience.stores.shared_store import SharedStore
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _verify_node(node: NodeDirectory, fs: FileSystem, found: _Found, *, deep: bool) -> None:
-    for path, content in node.store(fs).survey():
+    for path, content in node.reader(fs).survey():
         reason: str | None = ""
         if isinstance(content, ResilienceError):
             reason = str(content)

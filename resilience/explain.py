@@ -26,7 +26,7 @@ from resilience.replication.rebuilt_digest import rebuilt_digest
 from resilience.stores.discovery import NodeDirectory, Sources, find_sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.stores.healed import healed
-from resilience.stores.node_store import CopyLocation
+from resilience.stores.node_reader import CopyLocation
 from resilience.stores.proof import CopyGoneError, header_of, prove_copy
 from resilience.stores.shared_store import SharedStore
 
@@ -278,7 +278,7 @@ class _Rounds:
             if (node.name, node.run_id) != (node_dir, self._run_id):
                 continue
             try:
-                location = node.store(self._sources.fs).locate(save, kept, world_size, node_dir)
+                location = node.reader(self._sources.fs).locate(save, kept, world_size, node_dir)
             except FileNotFoundError:
                 continue
             except (CorruptCopyError, UnsafePathError) as error:

@@ -34,7 +34,7 @@ from resilience.restore_shared import SharedLoader
 from resilience.runtime.clock import Clock
 from resilience.snapshot.loader import plan_shard_load
 from resilience.state.training_state import TrainingState
-from resilience.stores.node_store import NodeStore
+from resilience.stores.node_reader import NodeReader
 
 __all__ = ["Plan", "Restorer", "needed_owners", "plan_restore"]
 
@@ -85,7 +85,7 @@ class Restorer:
     setup: Agreements
     run_id: str
     attempt: str  # drawn by the leader; equal on all ranks
-    stores: tuple[NodeStore, ...]
+    readers: tuple[NodeReader, ...]  # of this node's directories
     gatherer: ShardGatherer | None
     shared: SharedLoader
     topology: Topology
@@ -148,7 +148,7 @@ class Restorer:
         inventories: list[Inventory] = []
         try:
             if self.job.leads_node:
-                inventories += [store.inventory() for store in self.stores]
+                inventories += [reader.inventory() for reader in self.readers]
             if self.job.rank == 0:
                 inventories += self.shared.inventories(self.run_id)
             return inventories_to_json(inventories)

@@ -30,7 +30,7 @@ from resilience.snapshot.arena import Arena, bytes_of
 from resilience.snapshot.loader import OpenShard, open_shard
 from resilience.stores.digest import SEGMENT_BYTES, algorithm_of, combined, segment_digests
 from resilience.stores.keeper import ShardKeeper
-from resilience.stores.node_store import NodeStore, locate_copy
+from resilience.stores.node_reader import NodeReader, locate_copy
 
 __all__ = ["BadCopiesError", "ShardBringer", "share"]
 
@@ -62,7 +62,7 @@ class ShardBringer:
         job: Job,
         communicator: Communicator,
         setup: Agreements,
-        stores: Sequence[NodeStore],
+        readers: Sequence[NodeReader],
         keeper: ShardKeeper,
         available: Callable[[], Mapping[str, int | None]],
         tell: Callable[..., None],
@@ -72,7 +72,7 @@ class ShardBringer:
         self._job = job
         self._communicator = communicator
         self._setup = setup
-        self._stores = tuple(stores)
+        self._readers = tuple(readers)
         self._keeper = keeper
         self._available = available
         self._tell = tell
@@ -124,7 +124,7 @@ class ShardBringer:
         return self._verified[save, copy.owner, copy.node_dir, copy.tier]
 
     def _open(self, save: SaveId, assembly: Assembly, copy: Shown | LocalCopy) -> OpenShard:
-        location = locate_copy(self._stores, save, copy.owner, assembly.world_size, copy.node_dir, copy.tier)
+        location = locate_copy(self._readers, save, copy.owner, assembly.world_size, copy.node_dir, copy.tier)
         if location.path not in self._opened:
             self._opened[location.path] = open_shard(location.path, self._keeper.store.fs, location.record)
         return self._opened[location.path]

@@ -26,7 +26,8 @@ from resilience.snapshot.loader import OpenShard, open_shard
 from resilience.stores.digest import algorithm_of, digest_of
 from resilience.stores.filesystem import MappedFile
 from resilience.stores.keeper import ShardKeeper
-from resilience.stores.node_store import CopyLocation, NodeStore, locate_copy
+from resilience.stores.node_reader import CopyLocation, locate_copy
+from resilience.stores.node_store import NodeStore
 from resilience.stores.parity_file import check_parity_header, read_parity_header
 from resilience.stores.records import ShardRecord
 from resilience.stores.shard_file import ShardHeader, read_header
@@ -51,6 +52,7 @@ class ShardGatherer:
         self._job = job
         self._communicator = communicator
         self._stores = tuple(stores)
+        self._readers = tuple(store.reader for store in stores)
         self._keeper = keeper
         self._sources = topology.held()[job.rank]
         self._tell = tell
@@ -241,7 +243,7 @@ class ShardGatherer:
                 continue  # parity that was struck off is made anew
             for store in self._stores:
                 try:
-                    place = store.locate(strike.save, strike.owner, self._job.world_size, strike.where)
+                    place = store.reader.locate(strike.save, strike.owner, self._job.world_size, strike.where)
                     if place.record.role == "primary":
                         continue
                     shard = open_shard(place.path, store.fs, place.record)
@@ -311,7 +313,7 @@ class ShardGatherer:
         return self._locate(save, copy.owner, node_dir, copy.tier)
 
     def _locate(self, save: SaveId, kept: Kept, node_dir: str, tier: Tier) -> CopyLocation:
-        return locate_copy(self._stores, save, kept, self._job.world_size, node_dir, tier)
+        return locate_copy(self._readers, save, kept, self._job.world_size, node_dir, tier)
 
     def _fetched(self, save: SaveId, owner: int) -> CopyLocation:
         """What a rank of this node fetched and committed."""
@@ -379,7 +381,7 @@ class ShardGatherer:
 
     def _prove(self, save: SaveId, source: Source, world_size: int) -> Arena:
         """Map a file that a rebuild reads, and hash it unless that was done already. CorruptCopyError, StoreError."""
-        location = locate_copy(self._stores, save, source.kept, world_size, source.node_dir, source.tier)
+        location = locate_copy(self._readers, save, source.kept, world_size, source.node_dir, source.tier)
         if not source.parity:
             shard = self._open(location)
             if self._verified.get((save, source.owner)) is not shard:

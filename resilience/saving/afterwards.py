@@ -60,7 +60,7 @@ class Afterwards:
             return
         self._dropped = keep
         for store in self._start.stores:
-            store.drop_earlier_attempts(self._start.attempt, keep)
+            store.remover.drop_earlier_attempts(self._start.attempt, keep)
 
     def certify(self, change: Change) -> None:
         """Every rank has committed: certificate, attempt log; then what earlier attempts left may go."""
@@ -92,9 +92,9 @@ class Afterwards:
                 self._start.keeper.delete(save)
             if self._start.job.leads_node:
                 for store in self._start.stores[1:]:
-                    store.drop(save)
+                    store.remover.drop(save)
                 for store in self._start.stores:
-                    store.drop_beside(save)
+                    store.remover.drop_beside(save)
                 self._tell("pruned", iteration=save.iteration, generation=save.generation, tier=self.tier)
 
         self._lanes.tidy.submit(f"delete {save.iteration}", remove)
@@ -129,7 +129,7 @@ class Afterwards:
         if self._start.job.leads_node:
             for store in self._start.stores:
                 try:
-                    store.forget()
+                    store.remover.forget()
                 except OSError as error:  # all is saved: no reason to say that the run failed
                     self._tell("warning", what=f"{store.root} is not freed: {error}", advice="Remove it.")
 

@@ -89,7 +89,7 @@ class Budget:
         shards, states = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         job, scheme = start.job, start.scheme
         needed = needed_owners(job.nodes, job.coordinates, self._split)[job.node_id]
-        present = keeper.store.inventory().node_saves
+        present = keeper.store.reader.inventory().node_saves
         total = budget(
             own_bytes=[shards[rank] for rank in job.node_ranks],
             replica_bytes=[

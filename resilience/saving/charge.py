@@ -15,7 +15,7 @@ def in_charge_of(start: Start, keeper: ShardKeeper, save: SaveId) -> list[Kept]:
     The node's leader takes what nobody on the node is responsible for any more, because ranks moved.
     """
     job = start.job
-    there = keeper.store.kept_of(save)
+    there = keeper.store.reader.kept_of(save)
     claimed = {kept for rank in job.node_ranks for kept in _kept_by(start, rank)}
     mine = _kept_by(start, job.rank)
     return [kept for kept in there if kept in mine or (job.leads_node and kept not in claimed)]

@@ -205,7 +205,7 @@ class Drain:
         start = self._start
         written = [store for source, store in start.shared.stores.items() if source in ("save", "global")]
         inventories = [store.inventory(start.run_id) for store in written]
-        inventories += [store.inventory() for store in start.stores]
+        inventories += [store.reader.inventory() for store in start.stores]
         for each in inventories:
             if each.unknown:
                 raise StoreError(f"Nothing is deleted: {each.unknown}")

@@ -19,7 +19,7 @@ from resilience.planning.inventory import Inventory
 from resilience.stores.authentication import UNSEALED, Seal
 from resilience.stores.digest import STRONG, algorithm_of
 from resilience.stores.filesystem import FileSystem
-from resilience.stores.node_store import NodeStore
+from resilience.stores.node_reader import NodeReader
 from resilience.stores.records import is_name
 from resilience.stores.shared_inventory import ForeignProblem, Source
 from resilience.stores.shared_store import SharedStore
@@ -46,9 +46,8 @@ class NodeDirectory:
     def path(self) -> Path:
         return self.base / self.run_id / self.name
 
-    def store(self, fs: FileSystem) -> NodeStore:
-        """To read it, or to delete in it under its lock; the tier is each record's own."""
-        return NodeStore(self.base, self.run_id, self.name, "local", fs, self.seal)
+    def reader(self, fs: FileSystem) -> NodeReader:
+        return NodeReader(self.path, fs, self.seal)
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Sources:
     def node_inventories(self, run_id: str | None = None) -> list[Inventory]:
         """One per node directory; the source is the directory's name, as it was the node's."""
         wanted = [node for node in self.nodes if run_id in (None, node.run_id)]
-        return [replace(node.store(self.fs).inventory([node.name]), source=node.name) for node in wanted]
+        return [replace(node.reader(self.fs).inventory([node.name]), source=node.name) for node in wanted]
 
     def shared_inventories(self, run_id: str | None = None) -> list[Inventory]:
         """One per shared directory; with a run, as that run would see it."""

@@ -346,7 +346,7 @@ class ShardKeeper:
                 self._fs.unlink(path)
         with self._changed:
             self._changed.notify_all()  # whoever waits for room: there is some even where no bytes were left to recycle
-        self.store.remove_folder_if_empty(save)
+        self.store.remover.remove_folder_if_empty(save)
 
     def give_up(self, save: SaveId, owner: Kept) -> None:
         """Remove one copy that is not to stay, and its memory."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from resilience.errors import CorruptCopyError
 from resilience.stores.digest import algorithm_of, digest_of
 from resilience.stores.filesystem import FileSystem
-from resilience.stores.node_store import CopyLocation
+from resilience.stores.node_reader import CopyLocation
 from resilience.stores.parity_file import ParityHeader, check_parity_header, read_parity_header
 from resilience.stores.records import ShardRecord
 from resilience.stores.shard_file import ShardHeader, check_header, read_header

@@ -54,7 +54,7 @@ class _Member:
         return self.keeper.store.node_id
 
     def inventory(self) -> Inventory:
-        return self.keeper.store.inventory([self.node])
+        return self.keeper.store.reader.inventory([self.node])
 
     def files(self) -> dict[str, int]:
         """Of the save, by name, with their sizes; not records."""

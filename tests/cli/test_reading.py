@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from resilience.stores.node_store import NodeStore
+from resilience.stores.node_reader import NodeReader
 from tests.cli.stores import FS, RUN, World, ask, ask_json, attempt_id, flip, save_id
 
 
@@ -170,16 +170,16 @@ class TestVerify:
         """A live job unlinks the record first, then recycles the bytes: seen here between the two looks."""
         save = world.save(10)
         store, shard = world.store("node0"), world.shard(save, 0, "node0")
-        survey = NodeStore.survey
+        survey = NodeReader.survey
 
-        def delete_while_reading(self: NodeStore) -> Any:
+        def delete_while_reading(self: NodeReader) -> Any:
             for path, content in survey(self):
                 if path == shard.with_suffix(".json"):
                     store.uncommit(save, 0, 4)
                     flip(shard)
                 yield path, content
 
-        monkeypatch.setattr(NodeStore, "survey", delete_while_reading)
+        monkeypatch.setattr(NodeReader, "survey", delete_while_reading)
         document = ask_json(capsys, "verify", "--deep", *world.local)
         assert document["checked"] == 8 - 1 + 4
 

@@ -106,7 +106,7 @@ def test_a_replica_whose_record_was_made_to_fit_altered_bytes_is_no_copy(world: 
     again = two_nodes_with_saves_at_3_and_6(world)
     world.damage("a", 6, owner=1)
     store = NodeStore(world.memory / "a", RUN, "a", "local", PosixFileSystem())
-    location = store.locate(store.inventory(["a"]).node_saves[-1].save, 1, 2, "a")
+    location = store.reader.locate(store.reader.inventory(["a"]).node_saves[-1].save, 1, 2, "a")
     forged = replace(location.record, digest=digest_of(location.path.read_bytes()))
     location.path.with_suffix(".json").write_bytes(encode_record(forged))
     world.damage("b", 6, owner=1)

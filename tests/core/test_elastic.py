@@ -297,7 +297,7 @@ def test_the_old_world_s_save_stays_until_the_new_one_has_a_protected_save(world
     ended = values(world.run(replace(again, nodes=NODES[:3], steps=12, settle=(9, 11), seed=3)))
     assert {ran.resumed.iteration for ran in ended} == {6}
     for node in NODES[:3]:
-        held = {each.save.iteration: each.world_size for each in world.store(node).inventory().node_saves}
+        held = {each.save.iteration: each.world_size for each in world.store(node).reader.inventory().node_saves}
         assert held == {9: 3, 12: 3}, "what four ranks left is gone, and only that"
 
 

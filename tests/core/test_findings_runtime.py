@@ -222,7 +222,7 @@ def loader_at(root: Path, told: list[str]) -> SharedLoader:
     )  # fmt: skip
 
 
-def restorer(shared: Any, stores: tuple[Any, ...] = ()) -> Restorer:
+def restorer(shared: Any, readers: tuple[Any, ...] = ()) -> Restorer:
     """The leader of a job of two ranks, of which the other has nothing to say."""
     job: Any = SimpleNamespace(
         rank=0,
@@ -235,7 +235,7 @@ def restorer(shared: Any, stores: tuple[Any, ...] = ()) -> Restorer:
     group: Any = Alone()
     policy, topology = ElectionPolicy(), cast(Any, None)
     return Restorer(
-        job, group, RUN, THIRD, stores, None, shared, topology, policy, SystemClock(),
+        job, group, RUN, THIRD, readers, None, shared, topology, policy, SystemClock(),
         lambda *_, **__: None,
     )  # fmt: skip
 

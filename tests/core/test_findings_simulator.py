@@ -145,7 +145,7 @@ def test_a_power_failure_does_not_take_the_node_s_directories_with_what_was_dura
         store.commit_bytes(content, record)
 
     def look(fs: SimFileSystem) -> None:
-        found = NodeStore(Path("/disk/saves"), RUN, "a", "local", fs).inventory()
+        found = NodeStore(Path("/disk/saves"), RUN, "a", "local", fs).reader.inventory()
         assert [each.save for each in found.node_saves] == [save]
         assert found.attempts == (log,)
 

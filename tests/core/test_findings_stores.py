@@ -94,7 +94,7 @@ def test_what_was_fetched_in_a_round_that_failed_gives_its_arena_back(keeper: Sh
     for iteration in (5, 10):
         keeper.unpin(commit(keeper, iteration))
     keeper.keep_only([save_at(5)])
-    assert [held.save for held in keeper.store.inventory().node_saves] == [save_at(5)]
+    assert [held.save for held in keeper.store.reader.inventory().node_saves] == [save_at(5)]
     keeper.unpin(keeper.take_arena(SIZE, 2, 0.05))
 
 
@@ -151,7 +151,7 @@ def test_a_node_that_cannot_commit_what_it_fetched_loads_it_and_says_that_it_kee
     assert Path(path).parent == keeper.arena_dir
     assert gatherer.shards(SAVE, RetrievalPlan(), (0,))[0].header.owner == 0
     assert any("no space is left" in what for what in told)
-    assert keeper.store.inventory().node_saves == ()
+    assert keeper.store.reader.inventory().node_saves == ()
     gatherer.close()
     assert len(list(keeper.arena_dir.iterdir())) == 1, "a warm buffer for the next one"
     assert keeper.warm_slot(0, Path(path).stat().st_size) is not None

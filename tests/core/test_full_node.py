@@ -62,7 +62,7 @@ def test_a_full_node_takes_the_place_of_a_lost_one_and_training_goes_on(
     assert set(world.copies("c", kind)) == {12}
     assert set(world.copies("c", kind)[12]) == set(range(len(nodes))), "what it keeps of others, too"
     store = world.store("c", kind)
-    assert {log.generation for log in store.inventory().attempts} == {2}, "its note came before its first copy"
+    assert {log.generation for log in store.reader.inventory().attempts} == {2}, "its note came before its first copy"
 
 
 def test_where_no_node_has_room_for_a_note_of_the_start_none_is_made(world: World) -> None:

@@ -137,7 +137,7 @@ def test_every_node_certifies_what_is_complete_and_logs_what_it_completed(world:
         certificates = sorted(root.glob("iter_*/*/complete.json"))
         assert [json.loads(path.read_text())["iteration"] for path in certificates] == [9, 12]
         assert all(json.loads(path.read_text())["protected"] for path in certificates)
-        (save,) = (each for each in world.store(node).inventory([node]).node_saves if each.save.iteration == 12)
+        (save,) = (each for each in world.store(node).reader.inventory([node]).node_saves if each.save.iteration == 12)
         digests = {str(owner): digest for owner, digest in zip(save.owners, save.digests, strict=True)}
         assert json.loads(certificates[-1].read_text())["digests"] == digests, "of its own copies and of those it holds"
         (log,) = (root / "attempts").glob("*.json")
@@ -253,12 +253,12 @@ def test_what_differs_from_rank_to_rank_is_stored_per_rank_and_comes_back_to_eac
     """Batch norm's statistics differ; the parameters are split over the ranks."""
     plan = world.plan("a", "b", settle=(6,), acts=(Act(8, die),))
     world.run(plan)
-    first, second = (world.store(node).inventory().node_saves[-1] for node in "ab")
+    first, second = (world.store(node).reader.inventory().node_saves[-1] for node in "ab")
     assert first.split
     assert second.split
     small = min(first.nbytes)
     values(world.run(replace(plan, checkpoint={"non_persistent_local_ckpt_algo": "atomic"}, acts=(), steps=9)))
-    assert min(world.store("a").inventory().node_saves[-1].nbytes) >= small
+    assert min(world.store("a").reader.inventory().node_saves[-1].nbytes) >= small
 
 
 def test_an_item_that_becomes_unequal_later_fails_that_save_and_is_per_rank_from_then_on(world: World) -> None:

@@ -257,11 +257,11 @@ class World:
 
     def copies(self, node: str, kind: str = "local") -> dict[int, dict[int, str]]:
         """By iteration, then owner: the roles of the copies in the node's directory."""
-        held = self.store(node, kind).inventory().node_saves
+        held = self.store(node, kind).reader.inventory().node_saves
         return {each.save.iteration: dict(zip(each.owners, each.roles, strict=True)) for each in held}
 
     def saves(self, node: str, kind: str = "local") -> list[SaveId]:
-        return sorted(each.save for each in self.store(node, kind).inventory().node_saves)
+        return sorted(each.save for each in self.store(node, kind).reader.inventory().node_saves)
 
     def shard(self, node: str, iteration: int, owner: int, kind: str = "local") -> Path:
         """The shard file of `owner` at the newest attempt's save of `iteration`."""

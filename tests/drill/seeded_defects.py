@@ -205,7 +205,7 @@ DEFECTS = (
         (
             Patch("planning/inventory.py", 'return f"g{self.generation:04d}-{self.attempt[:8]}"', 'return f"g{self.generation:04d}-00000000"'),
             Patch("planning/copies.py", "found.setdefault(copies.save, [])", 'found.setdefault(SaveId(copies.save.iteration, copies.save.generation, "0" * 32), [])'),
-            Patch("stores/node_store.py", "        if location.record.save != save:\n", "        if location.record.save.iteration != save.iteration:\n"),
+            Patch("stores/node_reader.py", "        if location.record.save != save:\n", "        if location.record.save.iteration != save.iteration:\n"),
         ),
         histories=_two_of_one_generation,
     ),
@@ -238,7 +238,7 @@ DEFECTS = (
     ),
     Defect(
         "a directory that cannot be read counts as empty",
-        (Patch("stores/node_store.py", "return Inventory(source=self.node_id, unknown=str(error))", "return Inventory(source=self.node_id)"),),
+        (Patch("stores/node_reader.py", "return Inventory(source=self.node_id, unknown=str(error))", "return Inventory(source=self.node_id)"),),
         histories=_unreadable,
     ),
     Defect(
@@ -279,7 +279,7 @@ DEFECTS = (
     ),
     Defect(
         "a sweep at a start removes shards that have a record",
-        (Patch("stores/node_store.py", '''orphan = name.endswith(".safetensors") and name.removesuffix(".safetensors") + ".json" not in names''', '''orphan = name.endswith(".safetensors")'''),),
+        (Patch("stores/node_remover.py", '''orphan = name.endswith(".safetensors") and name.removesuffix(".safetensors") + ".json" not in names''', '''orphan = name.endswith(".safetensors")'''),),
         ("kill",),
     ),
     Defect(

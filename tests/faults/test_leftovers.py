@@ -117,7 +117,7 @@ def test_folders_of_saves_that_never_had_a_record_are_swept(tmp_path: Path) -> N
     certified = store.root / "iter_0000006" / "g0002-3f9ac01b"
     certified.mkdir(parents=True)
     (certified / "complete.json").write_bytes(b"{}")
-    store.sweep()
+    store.remover.sweep()
     assert not empty.parent.exists()
     assert not orphan.parent.exists()
     assert (certified / "complete.json").exists()

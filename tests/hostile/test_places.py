@@ -27,7 +27,8 @@ from resilience.planning.inventory import AttemptLog
 from resilience.requests import leave_request, take_request
 from resilience.runtime.clock import SystemClock
 from resilience.stores.lock import ALL_RANKS, DirectoryLock
-from resilience.stores.node_store import CopyLocation, NodeStore
+from resilience.stores.node_reader import CopyLocation
+from resilience.stores.node_store import NodeStore
 from resilience.stores.proof import CopyGoneError, prove_copy
 from resilience.stores.records import seal_json, unseal_json
 from resilience.stores.shared_store import SharedStore
@@ -132,10 +133,10 @@ def _only(root: Path, pattern: str) -> Path:
 def _look_at_node(root: Path) -> None:
     """As a start does, and as `verify --deep` does."""
     store = _node(root)
-    store.sweep()
-    found = store.inventory()
+    store.remover.sweep()
+    found = store.reader.inventory()
     assert len(found.node_saves) + len(found.attempts) + len(found.notes) + bool(found.unknown) > 0
-    for _, content in store.survey():
+    for _, content in store.reader.survey():
         if isinstance(content, CopyLocation):
             try:
                 prove_copy(content, FS)
@@ -294,9 +295,9 @@ def test_a_copy_of_which_one_file_is_not_ours_is_no_copy(tmp_path: Path, intrude
     pattern = "rank_00000-of-00002." + {"record": "json", "shard": "safetensors"}[what]
     INTRUDERS[intruder](_only(tmp_path / "node0", pattern), tmp_path / "elsewhere")
     store = _node(tmp_path)
-    held = [owner for each in store.inventory().node_saves for owner in each.owners]
+    held = [owner for each in store.reader.inventory().node_saves for owner in each.owners]
     proved = []
-    for _, content in store.survey():
+    for _, content in store.reader.survey():
         try:
             if isinstance(content, CopyLocation):
                 prove_copy(content, FS)
@@ -351,5 +352,5 @@ def test_no_name_of_a_run_or_a_node_in_a_record_is_used_as_a_path(tmp_path: Path
     for field in ("run_id", "node_id"):
         record.write_bytes(seal_json({**fields, field: name}))
         store = _node(tmp_path)
-        assert [each.owners for each in store.inventory().node_saves] == [(1,)]
-        assert any(f"field '{field}'" in note for note in store.inventory().notes)
+        assert [each.owners for each in store.reader.inventory().node_saves] == [(1,)]
+        assert any(f"field '{field}'" in note for note in store.reader.inventory().notes)

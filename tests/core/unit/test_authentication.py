@@ -151,7 +151,7 @@ def test_a_planted_save_counts_as_not_there_and_the_reason_is_told(tmp_path: Pat
         forger.commit_bytes(memoryview(b"evil"), strong(b"evil", save=planted))
         forger.write_certificate(planted, 1, protected=True)
         forger.write_attempt_log(AttemptLog("run", "f" * 32, 9, base=planted, fork=(99, "f"), completed=planted))
-        found = store.inventory()
+        found = store.reader.inventory()
         assert [held.save for held in found.node_saves] == [SAVE]
         assert (found.attempts, found.certificates, found.unauthentic) == ((), (SAVE,), 3)
         assert all("not authentic" in note for note in found.notes)
@@ -160,7 +160,7 @@ def test_a_planted_save_counts_as_not_there_and_the_reason_is_told(tmp_path: Pat
         assert decision.chosen.save == SAVE
         FS.remove_tree(tmp_path / "run" / "a" / "iter_0000099")
         FS.remove_tree(tmp_path / "run" / "a" / "attempts")
-    assert len(_store(tmp_path).inventory().node_saves) == 1, "who has no key reads what has a MAC"
+    assert len(_store(tmp_path).reader.inventory().node_saves) == 1, "who has no key reads what has a MAC"
 
 
 @pytest.mark.parametrize(("policy", "fresh"), [("stop", False), ("fresh", True)])
@@ -168,7 +168,7 @@ def test_a_key_that_is_new_to_a_run_does_not_quietly_start_it_afresh(tmp_path: P
     before = _store(tmp_path)
     before.commit_bytes(memoryview(b"old"), record_of(b"old"))
     before.write_certificate(SAVE, 1, protected=True)
-    found = _store(tmp_path, KEY).inventory()
+    found = _store(tmp_path, KEY).reader.inventory()
     decision = elect(
         [found], run_id="run", world_size=1, strikes=frozenset(), policy=ElectionPolicy(on_no_usable_save=policy)
     )

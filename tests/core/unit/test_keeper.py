@@ -72,7 +72,7 @@ def commit(keeper: ShardKeeper, iteration: int, letter: bytes = b"x", **options:
 
 
 def content(keeper: ShardKeeper, iteration: int, owner: int = 0) -> bytes:
-    return keeper.store.locate(save_at(iteration), owner, 2, "a").path.read_bytes()
+    return keeper.store.reader.locate(save_at(iteration), owner, 2, "a").path.read_bytes()
 
 
 def test_a_committed_copy_holds_what_was_in_the_arena(keeper: ShardKeeper) -> None:
@@ -93,7 +93,7 @@ def test_deleted_copies_give_their_memory_to_the_next_save(keeper: ShardKeeper) 
     assert len(seen) <= 3
     assert content(keeper, 8) == bytes([72]) * SIZE
     assert content(keeper, 7) == bytes([71]) * SIZE
-    assert [save.save.iteration for save in keeper.store.inventory().node_saves] == [7, 8]
+    assert [save.save.iteration for save in keeper.store.reader.inventory().node_saves] == [7, 8]
     assert sorted(path.name for path in keeper.store.root.glob("iter_*")) == ["iter_0000007", "iter_0000008"]
 
 
@@ -131,8 +131,8 @@ def test_a_commit_that_fails_leaves_no_copy_and_a_buffer_that_can_be_used_again(
     keeper.unpin(arena)
     assert not keeper.holds(save_at(5), 0)
     keeper.delete(save_at(5))
-    assert keeper.store.inventory().node_saves == ()
-    assert not keeper.store.inventory().notes
+    assert keeper.store.reader.inventory().node_saves == ()
+    assert not keeper.store.reader.inventory().notes
     keeper.store.fs.refuse = False  # type: ignore[attr-defined]
     assert commit(keeper, 10, b"g") is arena
     assert content(keeper, 10) == b"g" * SIZE
@@ -171,7 +171,7 @@ def test_what_was_fetched_for_a_load_only_goes_with_its_memory(keeper: ShardKeep
     keeper.commit(save_at(5), 1, slot, fill(slot, b"q"), role="replica", split=False)
     keeper.give_up(save_at(5), 1)
     assert not keeper.holds(save_at(5), 1)
-    assert keeper.store.inventory().node_saves == ()
+    assert keeper.store.reader.inventory().node_saves == ()
     assert list(keeper.arena_dir.iterdir()) == []
 
 
@@ -183,7 +183,7 @@ def test_copies_of_an_earlier_attempt_are_adopted_sent_and_deleted_like_our_own(
     assert not again.holds(save_at(5), 1), "which is not there"
     assert bytes(again.mapped(save_at(5), 0).mapped.view) == b"o" * SIZE
     again.delete(save_at(5))
-    assert again.store.inventory().node_saves == ()
+    assert again.store.reader.inventory().node_saves == ()
     again.close()
 
 
@@ -222,7 +222,7 @@ def test_commits_and_deletions_in_two_threads_do_not_disturb_each_other(keeper: 
             number += 1
     thread.join()
     assert problems == []
-    assert keeper.store.inventory().node_saves == ()
+    assert keeper.store.reader.inventory().node_saves == ()
 
 
 class Gate(NoRecords):

@@ -18,7 +18,8 @@ from resilience.stores.digest import digest_of
 from resilience.stores.filesystem import PosixFileSystem
 from resilience.stores.keeper import ShardKeeper
 from resilience.stores.lock import DirectoryLock
-from resilience.stores.node_store import NodeStore, newer_log
+from resilience.stores.node_reader import newer_log
+from resilience.stores.node_store import NodeStore
 from tests.core.shards import ATTEMPT, record_of
 
 SIZE = 4096
@@ -106,11 +107,11 @@ def found(base: Path) -> dict[int, bytes]:
     """What the next start finds after it swept: by iteration, the content of every copy that verifies."""
     store = NodeStore(base, "run", "a", "local", FS)
     store.prepare()
-    store.sweep()
+    store.remover.sweep()
     good = {}
-    assert store.inventory().notes == (), "records come last and go first: none is ever without its bytes"
-    for save in store.inventory().node_saves:
-        location = store.locate(save.save, 0, 1, "a")
+    assert store.reader.inventory().notes == (), "records come last and go first: none is ever without its bytes"
+    for save in store.reader.inventory().node_saves:
+        location = store.reader.locate(save.save, 0, 1, "a")
         content = location.path.read_bytes()
         assert digest_of(content) == save.digests[0], "a copy with a record is always the owner's bytes"
         good[save.save.iteration] = content
@@ -180,7 +181,8 @@ def test_an_inventory_reads_every_directory_of_the_run_below_the_base(store: Nod
     foreign = NodeStore(store.base, "another-run", "a", "local", FS)
     foreign.prepare()
     put(foreign, 50, run_id="another-run")
-    held = {(save.node_id, save.save.iteration, save.owners, save.roles) for save in store.inventory().node_saves}
+    found = store.reader.inventory().node_saves
+    held = {(save.node_id, save.save.iteration, save.owners, save.roles) for save in found}
     assert held == {("a", 5, (0,), ("primary",)), ("old-name", 5, (1,), ("replica",))}
 
 
@@ -200,12 +202,12 @@ def test_a_copy_that_is_not_what_its_record_says_is_left_out_with_a_note(
 ) -> None:
     put(store, 10)
     spoil(put(store, 5))
-    inventory = store.inventory()
+    inventory = store.reader.inventory()
     assert [save.save.iteration for save in inventory.node_saves] == [10]
     assert len(inventory.notes) == 1
     assert not inventory.unknown
     with pytest.raises((CorruptCopyError, StoreError, FileNotFoundError)):
-        store.locate(save_at(5), 0, 2, "a")
+        store.reader.locate(save_at(5), 0, 2, "a")
 
 
 def test_a_record_moved_to_another_saves_folder_is_no_copy_of_it(store: NodeStore) -> None:
@@ -213,7 +215,7 @@ def test_a_record_moved_to_another_saves_folder_is_no_copy_of_it(store: NodeStor
     put(store, 10)
     for name in ("rank_00000-of-00002.json", "rank_00000-of-00002.safetensors"):
         shutil.copyfile(folder / name, store.root / "iter_0000010" / folder.name / name)
-    assert [save.save.iteration for save in store.inventory().node_saves] == [5]
+    assert [save.save.iteration for save in store.reader.inventory().node_saves] == [5]
 
 
 def test_a_sweep_leaves_the_directory_of_a_live_job_alone(store: NodeStore) -> None:
@@ -226,7 +228,7 @@ def test_a_sweep_leaves_the_directory_of_a_live_job_alone(store: NodeStore) -> N
     lock = DirectoryLock(live.root, 3)
     lock.acquire()
     try:
-        store.sweep()
+        store.remover.sweep()
     finally:
         lock.release()
     assert (live.arenas / "buffer").exists()
@@ -239,8 +241,8 @@ def test_dropping_earlier_attempts_keeps_what_is_named_and_what_this_attempt_wro
     put(store, 10)
     put(store, 15)
     put(store, 15, save=mine)
-    store.drop_earlier_attempts(mine.attempt, [save_at(10)])
-    assert [save.save for save in store.inventory().node_saves] == [save_at(10), mine]
+    store.remover.drop_earlier_attempts(mine.attempt, [save_at(10)])
+    assert [save.save for save in store.reader.inventory().node_saves] == [save_at(10), mine]
     assert not (store.root / "iter_0000005").exists()
 
 
@@ -248,8 +250,8 @@ def test_a_folder_of_the_same_iteration_of_another_attempt_survives_a_deletion(s
     mine = replace(save_at(5), attempt="beef0000" + "0" * 24, generation=3)
     put(store, 5)
     put(store, 5, save=mine)
-    store.drop(save_at(5))
-    assert [save.save for save in store.inventory().node_saves] == [mine]
+    store.remover.drop(save_at(5))
+    assert [save.save for save in store.reader.inventory().node_saves] == [mine]
 
 
 def test_of_two_copies_of_an_attempts_log_the_one_that_knows_more_counts() -> None:
