@@ -8,26 +8,22 @@ take the second for an empty one.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 from resilience.errors import CommandError, SourceUnavailableError, StoreError
 from resilience.planning.inventory import Inventory
 from resilience.stores.authentication import UNSEALED, Seal
 from resilience.stores.digest import STRONG, algorithm_of
 from resilience.stores.filesystem import FileSystem
+from resilience.stores.node_names import ARENAS, save_folders
 from resilience.stores.node_reader import NodeReader
 from resilience.stores.records import is_name
 from resilience.stores.shared_inventory import ForeignProblem, Source
 from resilience.stores.shared_store import SharedStore
 
 __all__ = ["NodeDirectory", "Sources", "default_memory_dir", "find_sources"]
-
-_ITERATION: Final = re.compile(r"iter_\d{7,16}")
-_GENERATION: Final = re.compile(r"g\d{4,}-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, order=True)
@@ -206,14 +202,7 @@ def _folders(directory: Path, fs: FileSystem) -> list[str]:
 def _is_node_directory(path: Path, fs: FileSystem) -> bool:
     """Every node directory has a lock and buffers from its first start on; a copy of one may have saves only."""
     names = fs.list_dir(path)
-    if "lock" in names or ".arenas" in names:
-        return True
-    return any(
-        _GENERATION.fullmatch(generation)
-        for name in names
-        if _ITERATION.fullmatch(name)
-        for generation in fs.list_dir(path / name)
-    )
+    return "lock" in names or ARENAS in names or any(True for _ in save_folders(path, fs))
 
 
 def _runs_in(inventory: Inventory) -> set[str]:

@@ -165,4 +165,4 @@ class NodeRemover:
         if names:
             self.fs.fsync_dir(folder)
         self.fs.remove_tree(folder)
-        self.fs.remove_dir(folder.parent)  # only if empty: see above
+        self.fs.remove_dir(folder.parent)  # only if empty: other attempts may have saved the same iteration
