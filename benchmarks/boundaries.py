@@ -66,16 +66,17 @@ class _BoundariesBench:
         return {"step": (time.perf_counter() - began) / steps}
 
     def _wrapped_block(self, steps: int) -> dict[str, Any]:
-        """Seconds per step with the trainer, and of each boundary by itself."""
-        boundaries = []
+        """Seconds per step with the trainer; of each boundary by itself, and of this thread's processor time in it."""
+        boundaries, worked = [], []
         dist.barrier()
         began = time.perf_counter()
         for _ in range(steps):
             self._wrapped.step()
-            reached = time.perf_counter()
+            reached, idle = time.perf_counter(), time.thread_time()
             next(self._batches)
             boundaries.append(time.perf_counter() - reached)
-        return {"step": (time.perf_counter() - began) / steps, "boundaries": boundaries}
+            worked.append(time.thread_time() - idle)
+        return {"step": (time.perf_counter() - began) / steps, "boundaries": boundaries, "worked": worked}
 
     def close(self) -> None:
         self._trainer.close()

@@ -109,7 +109,8 @@ def _one_restore(settings: Settings, place: Path, options: Mapping[str, Any]) ->
 
 
 def measure_boundaries(settings: Settings, directory: Path, say: Say) -> dict[int, dict[str, Series]]:
-    """By number of processes: seconds per step without and with the trainer, and of each boundary."""
+    """By number of processes: seconds per step without and with the trainer, of each boundary, and of the training
+    thread's processor time in it."""
     found = {}
     blocks = 5
     steps = -(-settings.boundary_steps // blocks)
@@ -124,7 +125,8 @@ def measure_boundaries(settings: Settings, directory: Path, say: Say) -> dict[in
                     continue
                 samples["bare"].append(bare["step"])
                 samples["wrapped"].append(max(each["step"] for each in wrapped))
-                samples["boundary"] += [max(each) for each in zip(*(one["boundaries"] for one in wrapped), strict=True)]
+                samples["boundary"] += _slowest_each(wrapped, "boundaries")
+                samples["worked"] += _slowest_each(wrapped, "worked")
         found[size] = _as_series(samples)
     return found
 
@@ -149,6 +151,11 @@ def measure_imports(settings: Settings, say: Say) -> tuple[dict[str, Series], li
 def _slowest(answers: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     answers = list(answers)
     return {key: max(float(answer[key]) for answer in answers) for key in answers[0]}
+
+
+def _slowest_each(answers: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """Of each of the things that all ranks measured one after the other, what the slowest took."""
+    return [max(each) for each in zip(*(answer[key] for answer in answers), strict=True)]
 
 
 def _as_series(samples: Mapping[str, Iterable[float]]) -> dict[str, Series]:

@@ -68,7 +68,7 @@ def test_a_quick_run_restores_from_either_node_and_crosses_boundaries(tmp_path: 
     document = run_benchmarks(tmp_path, repository, "--only", "restores", "--only", "boundaries", "--only", "imports")
     figures = {figure["name"]: figure for figure in document["figures"]}
     states = [f"restore_{where}_{state}" for where in ("own", "peer") for state in ("in_place", "adam")]
-    assert set(figures) == {*states, "boundary_2", "import", "import_names"}
+    assert set(figures) == {*states, "boundary_2", "boundary_work_2", "import", "import_names"}
     for figure in figures.values():
         check_shape(figure)
     fetched = document["measured_s"]["restores"]["in_place/peer"]["retrieved_bytes"]
