@@ -171,8 +171,9 @@ NVRX_MEASURES = (
 
 
 SAVE_MEASURES = (
-    "memcpy", "hash", "gloo", "torch_save", "dcp_save", "dcp_async", "dcp_async.stall", "ours_local",
-    "ours_replicated", "ours_replicated.stall", "ours_device_bound", "ours_in_flight.stall",
+    "memcpy", "hash", "gloo", "torch_save", "dcp_save", "dcp_async", "dcp_async.stall", "dcp_process",
+    "dcp_process.stall", "ours_local", "ours_replicated", "ours_replicated.stall", "ours_device_bound",
+    "ours_in_flight.stall",
 )  # fmt: skip
 
 
@@ -193,6 +194,7 @@ def test_the_best_peer_is_the_best_of_each_round_among_those_that_do_the_same_wo
     assert not [figure for figure in save_figures(found) if figure.name.startswith("best_peer")]
     found |= {
         "dcp_async.stall": Series((30.0, 30.0)), "dcp_async": Series((0.5, 0.5)),
+        "dcp_process.stall": Series((30.0, 30.0)), "dcp_process": Series((0.9, 0.9)),
         "torchsnapshot_async.stall": Series((11.0, 20.0)), "torchsnapshot_async": Series((9.0, 1.0)),
         "torchsnapshot_save": Series((8.0, 8.0)),
     }  # fmt: skip
