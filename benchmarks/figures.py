@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from benchmarks.peers import PEERS
 from benchmarks.series import Series
@@ -100,9 +100,6 @@ def _faster(name: str, what: str, ours: Series, against: str, base: Series, at_l
     return Figure(name, what, ours, against, base, base / ours, goal, more_is_better=True)
 
 
-_DCP: Final = {"async": "DCP async_save", "process": "DCP async_save by a process"}
-
-
 def save_figures(found: Samples) -> list[Figure]:
     """`found`: seconds by measure, as `rounds.measure_saves` gives them."""
     memcpy, gloo = found["memcpy"], found["gloo"]
@@ -128,15 +125,8 @@ def save_figures(found: Samples) -> list[Figure]:
         ),
         _faster("torch_save", _SHORTER, stall, "torch.save", found["torch_save"]),
         _faster("dcp_save", _SHORTER, stall, "DCP save", found["dcp_save"]),
-        *(
-            figure
-            for by in ("async", "process")
-            for figure in (
-                _faster(f"dcp_{by}_stall", _SHORTER, stall, f"{_DCP[by]}, stall", found[f"dcp_{by}.stall"]),
-                _faster(f"dcp_{by}_committed", _SOONER, found["ours_local"], f"{_DCP[by]}, committed",
-                        found[f"dcp_{by}"]),
-            )
-        ),
+        *_asynchronous(found, "dcp_async", "dcp_async", "DCP async_save", replicates=False),
+        *_asynchronous(found, "dcp_process", "dcp_process", "DCP async_save by a process", replicates=False),
     ]  # fmt: skip
     if "nvrx_replicated" in found:
         nvrx = found["nvrx_replicated"]
@@ -168,15 +158,20 @@ def _peer_figures(found: Samples) -> list[Figure]:
     for peer in PEERS:
         module, name = peer.module, peer.name
         if f"{module}_async" in found:
-            ours, sooner = _same_work(found, peer.replicates)
-            waited, complete = found[f"{module}_async.stall"], found[f"{module}_async"]
-            figures += [
-                _faster(f"{module}_stall", _SHORTER, stall, f"{name} async, stall", waited),
-                _faster(f"{module}_committed", sooner, ours, f"{name} async, committed", complete),
-            ]
+            figures += _asynchronous(found, module, f"{module}_async", f"{name} async", replicates=peer.replicates)
         if f"{module}_save" in found:
             figures.append(_faster(f"{module}_save", _SHORTER, stall, f"{name} save", found[f"{module}_save"]))
     return figures
+
+
+def _asynchronous(found: Samples, name: str, measure: str, words: str, *, replicates: bool) -> list[Figure]:
+    """What training waits for an asynchronous save of another's, and when that is there."""
+    ours, sooner = _same_work(found, replicates)
+    stall = found["ours_replicated.stall"]
+    return [
+        _faster(f"{name}_stall", _SHORTER, stall, f"{words}, stall", found[f"{measure}.stall"]),
+        _faster(f"{name}_committed", sooner, ours, f"{words}, committed", found[measure]),
+    ]
 
 
 def _best_peer_figures(found: Samples) -> list[Figure]:

@@ -3,10 +3,10 @@ them to a disk."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Limits:
         """`nbytes`: of the buffers, unless those of a shard. `repeat`: all is done so many times over."""
         nbytes = place.settings.shard_bytes if nbytes is None else nbytes
         self._repeat = repeat
-        files = PosixFileSystem()
+        self._files = files = PosixFileSystem()
         self._source = torch.full((nbytes,), place.rank + 1, dtype=torch.uint8)
         paths = [place.directory / f"{name}-{place.rank}.buffer" for name in ("out", "in")]
         self._mapped = [files.create_mapping(path, nbytes) for path in paths]
@@ -74,8 +74,10 @@ class Limits:
 
     def disk(self) -> dict[str, Any]:
         """The shard written to a new file of the temporary directory, and fsynced, on all ranks at once."""
-        with tempfile.TemporaryFile(buffering=0) as file:
-            return {"seconds": self._repeat * timed(lambda: _write(file.fileno(), self._mapped[0].view))}
+        chunks = (self._mapped[0].view[a:b] for a, b in self._segments)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "shard"
+            return {"seconds": self._repeat * timed(lambda: self._files.write_file(path, chunks))}
 
     def _receive(self) -> list[Any]:
         return [self._group.recv([self._in[a:b]], self._before, 1) for a, b in self._segments]
@@ -90,9 +92,3 @@ class Limits:
 def _wait(works: list[Any]) -> None:
     for work in works:
         work.wait()
-
-
-def _write(fd: int, content: memoryview) -> None:
-    while content:
-        content = content[os.write(fd, content) :]
-    os.fsync(fd)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from resilience.cli_sources import add_sources, sources_of
 from resilience.errors import CommandError
 from resilience.planning.history import read_history
-from resilience.planning.inventory import AttemptLog, SaveId
+from resilience.planning.inventory import AttemptLog
 from resilience.stores.discovery import Sources
 from resilience.stores.lock import ALL_RANKS, DirectoryLock
 
@@ -64,7 +64,7 @@ def judge(newest: AttemptLog | None, held: str, *, sees_nodes: bool) -> tuple[st
     if held:
         return "running", f"a live process holds {held}"
     assert newest is not None, "without a log and a live lock there is no answer"
-    name = SaveId(0, newest.generation, newest.attempt).folder
+    name = newest.name
     if newest.end:
         return newest.end, f"attempt {name} noted its end: {newest.end}"
     if sees_nodes:

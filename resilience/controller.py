@@ -127,7 +127,7 @@ class ResiliencyController:
         self._log = AttemptLog(
             start.run_id, start.attempt, decision.next_generation, base=decision.base, fork=decision.fork
         )
-        self.events.attempt = SaveId(0, self._log.generation, self._log.attempt).folder
+        self.events.attempt = self._log.name
         self.iteration = resume.iteration if resume is not None else 0
         self.resumed_from = resume
         self.state.train_state.step = self.iteration

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from resilience.errors import ConfigError, CorruptCopyError, ResilienceError, StoreError, UnsafePathError
+from resilience.errors import ConfigError, ResilienceError, StoreError
 from resilience.formats.proof import folder_damage
 from resilience.formats.registry import foreign_problem
 from resilience.planning.decision import Candidate, ElectionPolicy, Strike
 from resilience.planning.history import abandonments, read_history
-from resilience.planning.inventory import Inventory, Kept, NodeSave, ParityName, SaveId, Tier, named
+from resilience.planning.inventory import Inventory, Kept, NodeSave, ParityName, SaveId, Tier
 from resilience.planning.rebuilding import Rebuild
 from resilience.planning.restore_plan import Plan, plan_restore
 from resilience.planning.topology import make_topology
@@ -26,7 +26,7 @@ from resilience.replication.rebuilt_digest import rebuilt_digest
 from resilience.stores.discovery import NodeDirectory, Sources, find_sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
 from resilience.stores.healed import healed
-from resilience.stores.node_reader import CopyLocation
+from resilience.stores.node_reader import CopyLocation, locate_copy
 from resilience.stores.proof import CopyGoneError, header_of, prove_copy
 from resilience.stores.shared_store import SharedStore
 
@@ -272,21 +272,9 @@ class _Rounds:
             self.verified_bytes += chosen.nbytes
 
     def _locate(self, save: SaveId, kept: Kept, node_dir: str, tier: Tier, world_size: int) -> CopyLocation:
-        """A node may have directories of both tiers: the record tells which copy it is."""
-        problem: Exception = FileNotFoundError(f"the {tier} copy of {named(kept)} in {node_dir} is gone")
-        for node in self._sources.nodes:
-            if (node.name, node.run_id) != (node_dir, self._run_id):
-                continue
-            try:
-                location = node.reader(self._sources.fs).locate(save, kept, world_size, node_dir)
-            except FileNotFoundError:
-                continue
-            except (CorruptCopyError, UnsafePathError) as error:
-                problem = error
-                continue
-            if location.record.tier == tier:
-                return location
-        raise problem
+        """As the restore finds it."""
+        nodes = [each for each in self._sources.nodes if (each.name, each.run_id) == (node_dir, self._run_id)]
+        return locate_copy([each.reader(self._sources.fs) for each in nodes], save, kept, world_size, node_dir, tier)
 
 
 def _copies_of(plan: Plan) -> list[tuple[Kept, int, str, Tier, int]]:

@@ -26,7 +26,6 @@ from resilience.saving.progress import Stillness
 __all__ = ["Ledger"]
 
 _LONGEST_CADENCE = 10  # `cadence="auto"` goes up to this many times the configured interval
-
 _LOOKS_PER_INTERVAL = 4
 
 

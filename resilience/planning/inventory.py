@@ -16,6 +16,11 @@ Role = Literal["primary", "replica", "parity"]
 TIERS: tuple[Tier, ...] = ("in_memory", "local", "global", "persistent")
 
 
+def attempt_name(generation: int, attempt: str) -> str:
+    """`g0002-3f9ac01b`: generation and the first 8 digits of the attempt."""
+    return f"g{generation:04d}-{attempt[:8]}"
+
+
 @dataclass(frozen=True, order=True)
 class SaveId:
     """Identity of a save: `(attempt, iteration)`; the generation is there to order attempts.
@@ -29,8 +34,8 @@ class SaveId:
 
     @property
     def folder(self) -> str:
-        """`g0002-3f9ac01b`: generation and the first 8 digits of the attempt."""
-        return f"g{self.generation:04d}-{self.attempt[:8]}"
+        """Where the iteration's folder has this save: the name of its attempt."""
+        return attempt_name(self.generation, self.attempt)
 
 
 @dataclass(frozen=True, order=True)
@@ -147,6 +152,11 @@ class AttemptLog:
     completed: SaveId | None = None
     end: str = ""
     end_iteration: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What its log and the folders of its saves are called."""
+        return attempt_name(self.generation, self.attempt)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def left_behind(by: AttemptLog) -> str:
     """Why a save is abandoned: by which attempt."""
     start = f"iteration {by.base.iteration}" if by.base else "the beginning"
     how = "was forked from" if by.fork else "went on from"
-    return f"abandoned: attempt {SaveId(0, by.generation, by.attempt).folder} {how} {start}"
+    return f"abandoned: attempt {by.name} {how} {start}"
 
 
 def incomplete(table: CopyTable, strikes: Collection[Strike], completed: Collection[SaveId]) -> str:

@@ -46,7 +46,7 @@ class Quick:
         self._observed = observed
         self._seen = _counts(observed.sources)
         self._probes = _draw_probes(observed.sources, turn)
-        self.pairs = [probe.pair for probe in self._probes if isinstance(probe, _Elements)]
+        self.pairs = [pair for probe in self._probes for pair in probe.pairs]
 
     def unchanged(self) -> str:
         now = _counts(self._observed.sources)
@@ -63,6 +63,8 @@ class Quick:
 class _Bytes:
     """A probe of a block of the host's memory: read at once."""
 
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+
     def __init__(self, number: int, source: torch.Tensor, start: int, length: int) -> None:
         self.number, self.start, self._length = number, start, length
         self._kept = read_block(source, start, length)
@@ -78,7 +80,7 @@ class _Elements:
         self.number, self.start = number, start
         elements = source.reshape(-1)[start : start + length]
         self._kept = torch.empty_like(elements, device="cpu", pin_memory=elements.is_cuda)
-        self.pair = self._kept, elements
+        self.pairs = [(self._kept, elements)]
 
     def agrees(self, copied: torch.Tensor) -> bool:
         there = copied.reshape(-1)[self.start : self.start + self._kept.numel()]

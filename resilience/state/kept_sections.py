@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from resilience.state.items import Item, Place, items_of
-from resilience.state.marks import NotPlainError, mark_of
+from resilience.state.marks import SCALARS, NotPlainError, mark_of
 from resilience.state.sharding import Shardings, may_be_cut, sayings
 from resilience.state.tensors import is_dtensor
 from resilience.state.tree import Written, encode_part
@@ -24,7 +24,6 @@ from resilience.state.tree import Written, encode_part
 __all__ = ["KeptSections"]
 
 _PLAIN: Final = frozenset((torch.Tensor, torch.nn.Parameter))
-_SCALARS: Final = frozenset((type(None), bool, int, float, str))
 _KIND: Final = attrgetter("dtype", "requires_grad")
 Found = Sequence[tuple[str, torch.Tensor | Written]]
 
@@ -39,7 +38,7 @@ class _Section(Written):
         self.items: tuple[Item, ...] = ()
         self._keys = keys
         self._types = list(map(type, leaves))
-        self._scalars = [(place, repr(leaf)) for place, leaf in enumerate(leaves) if type(leaf) in _SCALARS]
+        self._scalars = [(place, mark_of(leaf)) for place, leaf in enumerate(leaves) if type(leaf) in SCALARS]
         self._distributed = any(map(is_dtensor, leaves))
         tensors = self._tensors_of(leaves)
         self._kinds, self._specs = list(map(_KIND, tensors)), self._specs_of(tensors)
@@ -49,7 +48,7 @@ class _Section(Written):
         """Whether it would be written alike now."""
         if keys != self._keys or list(map(type, leaves)) != self._types:
             return False
-        if any(repr(leaves[place]) != said for place, said in self._scalars):
+        if any(mark_of(leaves[place]) != mark for place, mark in self._scalars):
             return False
         tensors = self._tensors_of(leaves)
         if list(map(_KIND, tensors)) != self._kinds:
@@ -59,7 +58,7 @@ class _Section(Written):
         return all(map(torch.Tensor.is_set_to, self._local(tensors), self._memory))
 
     def _tensors_of(self, leaves: list[Any]) -> list[Any]:
-        return [leaf for leaf in leaves if type(leaf) not in _SCALARS] if self._scalars else leaves
+        return [leaf for leaf in leaves if type(leaf) not in SCALARS] if self._scalars else leaves
 
     def _specs_of(self, tensors: list[Any]) -> list[Any]:
         """Mesh and placements of those that have any."""
@@ -172,7 +171,7 @@ def _flat(value: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
 
 def _may_be_kept(leaves: Sequence[Any]) -> bool:
     """Not where memory does not say what a tensor's values are (a conjugate view), nor other containers' content."""
-    return all(type(leaf) in _SCALARS or _is_plain(leaf) for leaf in leaves)
+    return all(type(leaf) in SCALARS or _is_plain(leaf) for leaf in leaves)
 
 
 def _is_plain(leaf: Any) -> bool:

@@ -7,11 +7,13 @@ type of every value in it, and a float's bits.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, Final
 
-__all__ = ["NotPlainError", "mark_of"]
+__all__ = ["SCALARS", "NotPlainError", "mark_of"]
 
+SCALARS: Final = frozenset((type(None), bool, int, float, str))
+_FLOAT: Final = struct.Struct("<d").pack
 _SEQUENCES: Final = frozenset((list, tuple))
 _UNIFORM: Final = (frozenset((int,)), frozenset((str,)))
 _DEPTH: Final = 20
@@ -27,8 +29,8 @@ def mark_of(value: Any, depth: int = _DEPTH) -> Hashable:
     NotPlainError for all else: tensors, NumPy's scalars, subclasses, and what is nested deeply or in itself.
     """
     kind = type(value)
-    if kind in _SCALARS:
-        return kind, _SCALARS[kind](value)
+    if kind in SCALARS:
+        return kind, _FLOAT(value) if kind is float else value
     if depth == 0:
         raise NotPlainError
     if kind in _SEQUENCES:
@@ -38,16 +40,3 @@ def mark_of(value: Any, depth: int = _DEPTH) -> Hashable:
     if kind is dict and all(type(key) is str for key in value):
         return kind, tuple(value), tuple([mark_of(part, depth - 1) for part in value.values()])
     raise NotPlainError
-
-
-def _itself(value: Any) -> Hashable:
-    return value  # type: ignore[no-any-return]
-
-
-_SCALARS: Final[dict[type, Callable[[Any], Hashable]]] = {
-    type(None): _itself,
-    bool: _itself,
-    int: _itself,
-    str: _itself,
-    float: struct.Struct("<d").pack,
-}

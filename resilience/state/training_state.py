@@ -93,9 +93,9 @@ class TrainingState:
             for position, optimizer in enumerate(tree.get("optimizer", ())):
                 if "state" in optimizer:
                     optimizer["state"] = self._kept.take(f"optimizer/{position}/state", optimizer["state"], 3)
-                self._keep_values(optimizer, f"optimizer/{position}/", ("param_groups",), 3)
-            self._keep_values(tree.get("rng", {}), "rng/", ("python",), 2)
-            self._keep_values(tree, "", ("layout",), 1)
+                self._keep_values(optimizer, f"optimizer/{position}/", "param_groups", 3)
+            self._keep_values(tree.get("rng", {}), "rng/", "python", 2)
+            self._keep_values(tree, "", "layout", 1)
             values, found = encode_around(tree)
             return Collected(self._kept.items(found, self._places, self.shardings), values)
 
@@ -125,11 +125,10 @@ class TrainingState:
             tree["layout"] = self.layout.to_dict()  # no part to load: whoever loads holds his own against it
         return tree
 
-    def _keep_values(self, tree: dict[str, Any], start: str, names: Sequence[str], depth: int) -> None:
-        """Have what stands under `names`, and seldom changes, written as before."""
-        for name in names:
-            if name in tree:
-                tree[name] = self._kept.take_values(start + name, tree[name], depth)
+    def _keep_values(self, tree: dict[str, Any], start: str, name: str, depth: int) -> None:
+        """Have what stands under `name`, and seldom changes, written as before."""
+        if name in tree:
+            tree[name] = self._kept.take_values(start + name, tree[name], depth)
 
     @property
     def devices(self) -> set[torch.device]:

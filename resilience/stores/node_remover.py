@@ -7,6 +7,7 @@ directory, or in one beside it whose lock could be taken.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from resilience.errors import AnotherJobError, StoreError
@@ -68,17 +69,10 @@ class NodeRemover:
         With `keep`, the copies of all other saves go too, record first. One rank per node, holding the lock, before any
         other writes. Returns the number of files and folders removed.
         """
-        removed = self._sweep(self.root, keep)
-        for root in self._beside():
-            lock = self.fs.lock(root, ALL_RANKS)
-            try:
-                lock.acquire()
-            except (AnotherJobError, StoreError):
-                continue  # it lives, or is not ours, or cannot be told: not touched
-            try:
-                removed += self._sweep(root, keep)
-            finally:
-                lock.release()
+        removed = 0
+        for root in self._roots():
+            with self._alone(root) as alone:
+                removed += self._sweep(root, keep) if alone else 0
         return removed
 
     def drop(self, save: SaveId) -> None:
@@ -140,21 +134,28 @@ class NodeRemover:
         return removed
 
     def _remove_saves(self, root: Path, folders: Sequence[Path]) -> None:
-        """In a directory beside ours only under its lock, which a live job holds."""
         if not folders:
             return
-        lock = None if root == self.root else self.fs.lock(root, ALL_RANKS)
+        with self._alone(root) as alone:
+            for folder in folders if alone else ():
+                self._remove_save(folder)
+
+    @contextmanager
+    def _alone(self, root: Path) -> Iterator[bool]:
+        """Whether `root` may be touched: our own, or one beside it, under its lock; a job that lives holds that."""
+        if root == self.root:
+            yield True
+            return
+        lock = self.fs.lock(root, ALL_RANKS)
         try:
-            if lock is not None:
-                lock.acquire()
+            lock.acquire()
         except (AnotherJobError, StoreError):
+            yield False  # it lives, or is not ours, or cannot be told
             return
         try:
-            for folder in folders:
-                self._remove_save(folder)
+            yield True
         finally:
-            if lock is not None:
-                lock.release()
+            lock.release()
 
     def _remove_save(self, folder: Path) -> None:
         """Records first, durably; then the bytes."""

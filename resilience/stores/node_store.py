@@ -150,4 +150,4 @@ class NodeStore:
         self._owed = None
 
     def _log_path(self, log: AttemptLog) -> Path:
-        return self.root / ATTEMPTS / f"g{log.generation:04d}-{log.attempt[:8]}.json"
+        return self.root / ATTEMPTS / f"{log.name}.json"

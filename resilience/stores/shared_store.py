@@ -242,8 +242,7 @@ class SharedStore:
         """Keep what this attempt says of itself; one file per attempt, so no fence is needed."""
         self._fs.make_dir(self.root / ATTEMPTS)
         self._fs.fsync_dir(self.root)
-        name = SaveId(0, log.generation, log.attempt).folder
-        self._fs.write_atomic(self.root / ATTEMPTS / f"{name}.json", encode_attempt_log(log))
+        self._fs.write_atomic(self.root / ATTEMPTS / f"{log.name}.json", encode_attempt_log(log))
 
     # -- the steps ---------------------------------------------------------------------------------------------------
 

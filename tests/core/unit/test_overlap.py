@@ -354,7 +354,7 @@ def test_probes_are_other_ones_in_each_copy_and_wait_for_nothing() -> None:
 )
 def test_a_probe_of_any_kind_tells_another_value_from_its_own(source: torch.Tensor) -> None:
     (probe,) = witness_module._draw_probes([source], 1)
-    for kept, elements in [] if isinstance(probe, witness_module._Bytes) else [probe.pair]:
+    for kept, elements in probe.pairs:
         kept.copy_(elements)
     copied = source.clone() if not source.is_conj() else source.resolve_conj()
     assert probe.agrees(copied)
