@@ -7,7 +7,7 @@ fails, a full disk) becomes a report that the next exchange carries.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from resilience.config import CheckpointConfig, ResiliencyConfig
 from resilience.errors import EvictedError, SaveFailedError
@@ -53,7 +53,7 @@ class Ledger:
         self._tell = tell
         self._requests = requests
         self._lookout = lookout
-        self._interval = checkpoint.non_persistent_save_interval
+        self._set_interval(checkpoint.non_persistent_save_interval)
         self.book = book
         self._pruned: Book | None = None  # the newest book of which nothing was to be deleted
         self.iteration = 0  # finished on this rank
@@ -68,14 +68,13 @@ class Ledger:
     def speak(self, *, leaving: bool = False, last: bool = False, idle_us: int = 0) -> None:
         """Start an exchange: what this rank has to say. Collected at the next boundary."""
         slots = self.book.slots()
-        requests = set(self._requests)
-        non_persistent = self._checkpoint.non_persistent_ckpt_type is not None
+        requests = self._take_requests()
         replicas = self._saving.replicas
         report = ControlReport(
             iteration=self.iteration,
             stop="stop" in requests,
-            save_non_persistent="non_persistent" in requests or ("save" in requests and non_persistent),
-            save_persistent="persistent" in requests or ("save" in requests and not non_persistent),
+            save_non_persistent="non_persistent" in requests,
+            save_persistent="persistent" in requests,
             leaving=leaving,
             last=last,
             epoch_wanted=replicas.epoch_wanted() if replicas is not None else 0,
@@ -85,8 +84,18 @@ class Ledger:
             failures=self.failed_saves,
             saves=self._saving.board.reports(slots),
         )
-        self._requests -= requests
         self._conversation.speak(report, slots)
+
+    def _take_requests(self) -> Collection[str]:
+        """What this rank has not yet spoken of; "save" is of the cheapest kind that is configured."""
+        if not self._requests:
+            return ()
+        requests = set(self._requests)  # others may add to it meanwhile
+        self._requests -= requests
+        if "save" in requests:
+            kind = self._checkpoint.non_persistent_ckpt_type
+            requests.add("persistent" if kind is None else "non_persistent")
+        return requests
 
     def collect(self) -> ControlAgreement | None:
         """What all ranks agreed in the exchange under way, if any; acts on it. Requests wait until a save is due."""
@@ -206,18 +215,23 @@ class Ledger:
             return
         if agreed.stall_us == 0 or agreed.step_us == 0:
             return  # nothing measured yet
-        self._interval = best_interval(
+        self._set_interval(best_interval(
             save_s=agreed.stall_us / 1e6, step_s=agreed.step_us / 1e6, mtbf_s=mtbf_hours * 3600,
             longest_steps=_LONGEST_CADENCE * wished,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    def _set_interval(self, interval: int | None) -> None:
+        """Between non-persistent saves, in steps."""
+        self._interval = interval
+        intervals = [every for every in (interval, self._checkpoint.save_interval) if every is not None]
+        self._shortest = min(intervals, default=None)  # of both kinds
+        self._look_every = max(1, (self._shortest or 1) // _LOOKS_PER_INTERVAL)
 
     def _look_out(self, agreed: ControlAgreement, changed: bool) -> None:
         """Is the job protected, are saves too far apart? From what all ranks agreed on, so that all find the same.
 
         Asked when a save `changed`, and a few times an interval.
         """
-        interval = min(
-            (every for every in (self._interval, self._checkpoint.save_interval) if every is not None), default=None
-        )
-        if changed or agreed.iteration % max(1, (interval or 1) // _LOOKS_PER_INTERVAL) == 0:
-            self._lookout.look(agreed.iteration, interval, step_s=agreed.step_us / 1e6, save_s=agreed.stall_us / 1e6)
+        if changed or agreed.iteration % self._look_every == 0:
+            step_s, save_s = agreed.step_us / 1e6, agreed.stall_us / 1e6
+            self._lookout.look(agreed.iteration, self._shortest, step_s=step_s, save_s=save_s)

@@ -14,6 +14,9 @@ class Due:
     stop: bool
 
 
+_NOTHING = Due(non_persistent=False, persistent=False, stop=False)
+
+
 def due_at(
     iteration: int,
     *,
@@ -36,7 +39,8 @@ def due_at(
     non_persistent = non_persistent_set and (
         requested_non_persistent or stop_without_save or _reached(iteration, non_persistent_interval)
     )
-    return Due(non_persistent, persistent, stop_requested and not last)
+    stop = stop_requested and not last
+    return Due(non_persistent, persistent, stop) if non_persistent or persistent or stop else _NOTHING
 
 
 def _reached(iteration: int, interval: int | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
@@ -70,11 +70,15 @@ class Agreements(Protocol):
 class Control(Protocol):
     """The one small reduction per boundary: element-wise maximum, started at one boundary and collected at the next."""
 
-    def start(self, values: Sequence[int]) -> None:
-        """Does not wait. Every rank starts the same number of exchanges."""
+    def start(self, say: Callable[[], Sequence[int]], hear: Callable[[list[int]], Any] = list) -> None:
+        """Does not wait. Every rank starts the same number of exchanges.
+
+        `say` gives this rank's values, and `hear` makes of the maximum what `result` returns; in any thread. What they
+        raise, `result` raises.
+        """
         ...
 
-    def result(self) -> list[int]:
+    def result(self) -> Any:
         """Of the exchange started last; waits for it, for as long as the peers' heartbeats go on."""
         ...
 
@@ -214,13 +218,13 @@ class SoloControl:
     """The control exchange of one rank: what it says is what is agreed."""
 
     def __init__(self) -> None:
-        self._values: list[int] = []
+        self._latest: Callable[[], Any] = list
 
-    def start(self, values: Sequence[int]) -> None:
-        self._values = list(values)
+    def start(self, say: Callable[[], Sequence[int]], hear: Callable[[list[int]], Any] = list) -> None:
+        self._latest = lambda: hear(list(say()))
 
-    def result(self) -> list[int]:
-        return self._values
+    def result(self) -> Any:
+        return self._latest()
 
     def close(self) -> None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from resilience.planning.control import ControlAgreement, ControlReport, decode, encode
 from resilience.planning.inventory import SaveId
@@ -25,7 +26,7 @@ class Conversation:
     def speak(self, report: ControlReport, slots: Sequence[SaveId]) -> None:
         """Start an exchange about `slots`, the saves in the making. Does not wait."""
         self._slots = tuple(slots)
-        self._control.start(encode(report, self._slots))
+        self._control.start(partial(encode, report, self._slots), decode)
 
     def hear(self) -> tuple[ControlAgreement, tuple[SaveId, ...]] | None:
         """What all ranks agreed in the exchange under way and what it was about; None if there is none.
@@ -35,7 +36,8 @@ class Conversation:
         if self._slots is None:
             return None
         slots, self._slots = self._slots, None
-        return decode(self._control.result()), slots
+        agreed: ControlAgreement = self._control.result()
+        return agreed, slots
 
     def close(self) -> None:
         self._control.close()

@@ -65,6 +65,8 @@ class Board:
                 self._errors[report.save] = error
 
     def reports(self, slots: Sequence[SaveId]) -> tuple[SlotReport, ...]:
+        if not slots:
+            return ()
         with self._guard:
             return tuple(self._reports[slot] for slot in slots if slot in self._reports)
 

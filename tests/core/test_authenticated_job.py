@@ -92,7 +92,7 @@ def _talk(rank: int, widest: int) -> Any:
     group = communicator.agreements("all")
     control = communicator.control("control", ["node"] * communicator.world_size)
     assert type(control._group).__name__ in ("_AuthenticatedAgreements", "Tree"), "strangers could have a word in it"  # type: ignore[attr-defined]
-    control.start([rank, -rank])
+    control.start(lambda: [rank, -rank])
     said = group.gather(b"%d" % rank), group.broadcast(b"0" if rank == 0 else None), group.maximum([rank, -rank])
     agreed = control.result()
     group.barrier()

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def agree_on_everything(rank: int) -> list[Any]:
     seen.append((alone.size, alone.gather(b"mine"), alone.maximum([rank])))
     control = communicator.control("control", ["a", "b", "c"])
     for turn in range(3):
-        control.start([turn * 10 + rank, -rank])
+        control.start(partial(list, [turn * 10 + rank, -rank]))
         time.sleep(0.01 * rank)
         seen.append(control.result())
     everybody.barrier()
@@ -44,6 +45,34 @@ def agree_on_everything(rank: int) -> list[Any]:
         group.close()
     communicator.close()
     return seen
+
+
+def fail_in_an_exchange(rank: int) -> list[str]:
+    communicator = TorchCommunicator(10.0)
+    control = communicator.control("control", ["a", "b"])
+    threads: list[str] = []
+
+    def say() -> list[int]:
+        threads.append(threading.current_thread().name)
+        return [rank]
+
+    def refuse(merged: list[int]) -> None:
+        raise ValueError(f"{merged} cannot be read")
+
+    control.start(say, refuse)
+    with pytest.raises(ValueError, match=r"\[1\] cannot be read"):
+        control.result()
+    control.start(say)
+    said = [str(control.result()), *threads]
+    dist.barrier()
+    control.close()
+    communicator.close()
+    return said
+
+
+def test_what_cannot_be_read_of_an_exchange_is_raised_where_it_is_heard_and_the_next_one_goes_on() -> None:
+    for said in values(run_ranks(2, fail_in_an_exchange)):
+        assert said == ["[1]", "resilience-control", "resilience-control"]
 
 
 def test_agreements_give_every_member_the_same() -> None:

@@ -45,7 +45,7 @@ def agree_on_everything(rank: int) -> dict[str, Any]:
     control = communicator.control("control", NODES)
     seen["control"] = []
     for turn in range(5):
-        control.start([turn * 10 + rank, -rank])
+        control.start(functools.partial(list, [turn * 10 + rank, -rank]))
         time.sleep(0.01 * rank)
         seen["control"].append(control.result())
     assert control.result() == seen["control"][-1]
@@ -94,14 +94,14 @@ def lose_one(rank: int, victim: int, how: str, what: str) -> str:
     communicator = TorchCommunicator(2.0, WIDEST)
     everybody = communicator.agreements("all")
     control = communicator.control("control", NODES)
-    control.start([rank])
+    control.start(lambda: [rank])
     assert control.result() == [4]
     pids = [int(pid) for pid in everybody.gather(str(os.getpid()).encode())]
     dist.barrier()
     if rank == victim:
         os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     acts: dict[str, Callable[[], Any]] = {
-        "control": lambda: (control.start([rank]), control.result()),
+        "control": lambda: (control.start(lambda: [rank]), control.result()),
         "maximum": lambda: everybody.maximum([rank]),
         "gather": lambda: everybody.gather(b"x"),
         "collect": lambda: everybody.collect(b"x"),
@@ -194,7 +194,7 @@ def count_connections(rank: int, widest: int) -> int:
     communicator = TorchCommunicator(30.0, widest)
     before = _sockets()
     control = communicator.control("control", [f"n{each // 4}" for each in range(dist.get_world_size())])
-    control.start([rank])
+    control.start(lambda: [rank])
     control.result()
     counted = _sockets() - before
     dist.barrier()

@@ -46,6 +46,9 @@ REPORTS = st.builds(
     step_us=st.integers(0, 2**40),
     failures=st.integers(0, 9),
     free_arenas=st.integers(0, 5),
+    last=st.just(False),  # as on all others
+    stall_us=st.integers(0, 2**40),
+    idle_us=st.integers(0, 2**40),
     saves=st.tuples(SLOT_REPORTS),
 )
 
@@ -54,10 +57,13 @@ REPORTS = st.builds(
 def test_a_request_of_any_rank_is_everybody_s_and_progress_is_that_of_the_slowest(reports: list[ControlReport]) -> None:
     agreed = agree(*reports, slots=1)
     assert agreed.iteration == 35
-    for name in ("stop", "save_non_persistent", "save_persistent", "leaving"):
-        assert getattr(agreed, name) == any(getattr(report, name) for report in reports)
+    asked = {"stop": "stop", "save_non_persistent": "non_persistent", "save_persistent": "persistent"}
+    assert agreed.requests == {asked[name] for name in asked if any(getattr(report, name) for report in reports)}
+    assert agreed.leaving == any(report.leaving for report in reports)
     assert agreed.epoch_wanted == max(report.epoch_wanted for report in reports)
     assert agreed.free_arenas == min(report.free_arenas for report in reports)
+    assert agreed.stall_us == max(report.stall_us for report in reports)
+    assert agreed.idle_us == min(report.idle_us for report in reports)
     slots = [report.saves[0] for report in reports]
     order: list[Progress] = ["pending", "primary", "protected"]
     slowest = min((slot.progress for slot in slots), key=order.index)

@@ -161,18 +161,19 @@ class _SimAgreements(_Talking):
 class _SimControl(_Talking):
     _under_way: Round | None = None
     _values: Sequence[int] = ()
+    _read: Callable[[list[int]], Any] = list
 
-    def start(self, values: Sequence[int]) -> None:
-        self._under_way = self._give("control", list(values))
+    def start(self, say: Callable[[], Sequence[int]], hear: Callable[[list[int]], Any] = list) -> None:
+        self._under_way, self._read = self._give("control", list(say())), hear
 
-    def result(self) -> list[int]:
+    def result(self) -> Any:
         if self._under_way is not None:
             columns = self._hear(self._under_way, self._group.members)
             if len({len(column) for column in columns}) != 1:
                 self._group.world.scheduler.fail(ALIKE, "control vectors of unequal lengths")
             self._values = [max(column) for column in zip(*columns, strict=True)]
             self._under_way = None
-        return list(self._values)
+        return self._read(list(self._values))
 
 
 class _SimLinks:
