@@ -106,7 +106,7 @@ def save_figures(found: Samples) -> list[Figure]:
     stall, committed = found["ours_replicated.stall"], found["ours_replicated"]
     network = gloo + memcpy
     figures = [
-        _times("stall", "stall of a replicated save", stall, "memcpy", memcpy, 1.15),
+        _times("stall", "stall of a replicated save", stall, "memcpy", memcpy, 1.05),
         _times(
             "stall_in_flight", "the same, the save before still in flight", found["ours_in_flight.stall"], "memcpy",
             memcpy,
@@ -117,11 +117,11 @@ def save_figures(found: Samples) -> list[Figure]:
         ),
         _times(
             "replicated_idle", "2-fold save committed on both nodes, training idle", committed, "gloo + memcpy",
-            network, 1.3,
+            network, 1.1,
         ),
         _times(
             "replicated_device_bound", "the same, steps and boundaries going on", found["ours_device_bound"],
-            "gloo + memcpy", network, 1.3,
+            "gloo + memcpy", network, 1.1,
         ),
         _faster("torch_save", _SHORTER, stall, "torch.save", found["torch_save"]),
         _faster("dcp_save", _SHORTER, stall, "DCP save", found["dcp_save"]),
@@ -213,7 +213,7 @@ def restore_figures(found: Mapping[str, Samples]) -> list[Figure]:
     figures = []
     for state, words in (("in_place", "state in memory that was touched"), ("adam", "two thirds into new memory")):
         own, peer = found[f"{state}/own"], found[f"{state}/peer"]
-        goals = (1.7, 1.3) if state == "in_place" else (None, None)
+        goals = (1.4, 1.1) if state == "in_place" else (None, None)
         figures += [
             _times(
                 f"restore_own_{state}", f"restore from the own node, new process; {words}", own["seconds"],
