@@ -24,6 +24,7 @@ import xxhash
 __all__ = ["Killed", "Process", "Scheduler", "Task", "Violation"]
 
 _MOST_POINTS: Final = 60_000  # of one history: one that goes beyond is not getting anywhere
+_UNLOCKED: Final[set[str]] = set()  # modules that were looked through, which takes a tenth of a history's time
 
 
 class Killed(BaseException):
@@ -265,9 +266,9 @@ def _unlock_cached_properties() -> None:
 
     whoever waited for it would wait with the baton.
     """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("resilience."):
-            for kind in [each for each in vars(module).values() if isinstance(each, type)]:
-                for found in vars(kind).values():
-                    if isinstance(found, cached_property) and hasattr(found, "lock"):
-                        found.lock = nullcontext()
+    for name in [each for each in sys.modules if each.startswith("resilience.") and each not in _UNLOCKED]:
+        _UNLOCKED.add(name)
+        for kind in [each for each in vars(sys.modules[name]).values() if isinstance(each, type)]:
+            for found in vars(kind).values():
+                if isinstance(found, cached_property) and hasattr(found, "lock"):
+                    found.lock = nullcontext()
