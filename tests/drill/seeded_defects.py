@@ -203,7 +203,7 @@ DEFECTS = (
     Defect(
         "saves are identified by iteration and generation only",
         (
-            Patch("planning/inventory.py", 'return f"g{self.generation:04d}-{self.attempt[:8]}"', 'return f"g{self.generation:04d}-00000000"'),
+            Patch("planning/inventory.py", 'name of its attempt."""\n        return attempt_name(self.generation, self.attempt)', 'name of its attempt."""\n        return attempt_name(self.generation, "00000000")'),
             Patch("planning/copies.py", "found.setdefault(copies.save, [])", 'found.setdefault(SaveId(copies.save.iteration, copies.save.generation, "0" * 32), [])'),
             Patch("stores/node_reader.py", "        if location.record.save != save:\n", "        if location.record.save.iteration != save.iteration:\n"),
         ),
