@@ -89,9 +89,12 @@ class Job:
         shutil.rmtree(self.memory / node, ignore_errors=True)
 
     def hurry(self) -> None:
-        """Slurm lets a requeued job wait for two minutes."""
+        """Slurm lets a requeued job wait for two minutes; a few seconds do.
+
+        None do not: a node on which the job ended in the same second refuses to start it ("Job credential revoked").
+        """
         wait_until(lambda: self.slurm.state(self.number) == "PENDING", WAIT_S, "the job is back in the queue")
-        self.slurm.ask("scontrol", "update", f"jobid={self.number}", "StartTime=now")
+        self.slurm.ask("scontrol", "update", f"jobid={self.number}", "StartTime=now+5seconds")
 
     def finished(self) -> None:
         """Until Slurm calls it completed."""
