@@ -33,7 +33,7 @@ from resilience.replication.conversation import Conversation
 from resilience.reports import Resume, SaveReport
 from resilience.requests import take_request
 from resilience.runtime.clock import Clock, SystemClock
-from resilience.runtime.threads import SYSTEM_THREADS, Threads
+from resilience.runtime.threads import SYSTEM_THREADS, Threads, ended_by_exception
 from resilience.saving import Saving
 from resilience.saving.lanes import CLOSE_BOUND_S
 from resilience.snapshot.overlap import WatchSteps, refuse_overlap, watch_all
@@ -101,6 +101,8 @@ class ResiliencyController:
         self._step_told_at = self.clock.now()
         self.tells_every_step = False  # in a drill
         self.before_save: Callable[[], None] = lambda: None  # called when one is about to be taken
+        self.close_at_exit: Callable[..., None] = self.close  # if nobody did before: whoever wraps this closes more
+        self._unregister_exit: Callable[[], None] = lambda: None
 
     #: How to hear of the steps that an overlapped snapshot has to be joined before.
     watch_steps: WatchSteps = staticmethod(watch_all)
@@ -150,6 +152,8 @@ class ResiliencyController:
             self.resiliency, self.clock, self.tell, self._requests, self._make_lookout(start),
         )  # fmt: skip
         self._ledger.iteration = self.iteration
+        # Last of all that registers for the exit, so the first to be called: the others are for what a close leaves.
+        self._unregister_exit = self._threads.at_exit(lambda: self.close_at_exit(failed=ended_by_exception()))
         announce_start(
             start, self.state, self._log.generation, resume, plan.notes, plan.decision.reason, self.tell, self._env
         )
@@ -345,6 +349,7 @@ class ResiliencyController:
         if start is not None:
             start.release(keep_locks=not ended)
         self.events.close()
+        self._unregister_exit()
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ class ResilientTrainer:
     """Wraps a training loop: resumes at construction, saves at boundaries, ends in order.
 
     Every rank makes one, after `torch.distributed` is initialised (or without it, alone); the constructor,
-    `iterations`, `fit` and `wait` are collective. Use it as a context manager, or call `close`.
+    `iterations`, `fit` and `wait` are collective. Use it as a context manager, or call `close`; one that is still open
+    when the process ends closes itself.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ResilientTrainer:
         try:
             self._reports = self._make_reports()
             self._controller.before_save = self._reports.saving
+            self._controller.close_at_exit = self.close
             with StuckWatch(self._controller.resiliency.exchange_timeout_s, self._controller.tell):
                 self._controller.restore()
         except BaseException:

@@ -7,13 +7,16 @@ the interpreter's own; the simulator's lets exactly one thread of the whole clus
 from __future__ import annotations
 
 import atexit
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Final, Protocol
 
-__all__ = ["SYSTEM_THREADS", "Condition", "Mailbox", "SystemThreads", "Thread", "Threads"]
+__all__ = ["SYSTEM_THREADS", "Condition", "Mailbox", "SystemThreads", "Thread", "Threads", "ended_by_exception"]
 
 
 class Condition(AbstractContextManager[Any], Protocol):
@@ -47,8 +50,11 @@ class Threads(Protocol):
 
     def condition(self) -> Condition: ...
     def mailbox(self) -> Mailbox: ...
-    def at_exit(self, last: Callable[[], None]) -> None:
-        """Call `last` when the process ends in order."""
+    def at_exit(self, last: Callable[[], None]) -> Callable[[], None]:
+        """Call `last` when the process ends in order; whoever registered last is called first.
+
+        Returns what takes it back: until then the process keeps `last`, and all that it holds.
+        """
         ...
 
 
@@ -66,8 +72,21 @@ class SystemThreads:
     def mailbox(self) -> Mailbox:
         return queue.SimpleQueue()
 
-    def at_exit(self, last: Callable[[], None]) -> None:
-        atexit.register(last)
+    def at_exit(self, last: Callable[[], None]) -> Callable[[], None]:
+        pid = os.getpid()
+
+        def unless_forked() -> None:
+            """A forked child that ends in order has none of the threads, and its parent's files."""
+            if os.getpid() == pid:
+                last()
+
+        atexit.register(unless_forked)
+        return partial(atexit.unregister, unless_forked)
 
 
 SYSTEM_THREADS: Final = SystemThreads()
+
+
+def ended_by_exception() -> bool:
+    """At exit: whether the script died of an exception that nobody caught. At a prompt, one is no end."""
+    return getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")

@@ -1,6 +1,6 @@
 """A training program as users start it: its own interpreter, from its first import to its exit status.
 
-python -m tests.core.program RANK NODES STORE MEMORY DISK ACT
+python -m tests.core.program RANK NODES STORE MEMORY DISK ACT[@RANK][+unclosed]
 """
 
 from __future__ import annotations
@@ -52,7 +52,23 @@ def refuse_what_comes(training: Training) -> None:
     ShardGatherer._take = take  # type: ignore[method-assign, assignment]
 
 
-ACTS = {"none": None, "stop": stop, "fail": fail, "hang": stall_here, "refuse": None}
+class Unclosed(Training):
+    """A script that forgets `with`, and `close`; with a note it leaves the loop."""
+
+    def run(self) -> None:  # type: ignore[override]
+        trainer = self.start()
+        for batch in trainer.iterations(self.plan.steps):
+            self.between(trainer.iteration)
+            if self.notes:
+                break
+            self.step(batch)
+
+
+def leave_the_loop(training: Training) -> None:
+    training.notes.append("left")
+
+
+ACTS = {"none": None, "stop": stop, "fail": fail, "hang": stall_here, "refuse": None, "leave": leave_the_loop}
 
 
 def main() -> None:
@@ -61,12 +77,14 @@ def main() -> None:
     names = tuple(nodes.split(","))
     if len(names) > 1:
         dist.init_process_group("gloo", store=dist.FileStore(store, len(names)), rank=int(rank), world_size=len(names))
+    what, _, unclosed = what.partition("+")
     act, _, whom = what.partition("@")
     acts = () if ACTS[act] is None else (Act(5, ACTS[act], int(whom) if whom else None),)
     make = slow_exchange if len(names) > 1 else None
     make = refuse_what_comes if what == "refuse" else make
     limits = {"hang_timeout_s": 1.0} if what == "hang" else {}
-    Training(int(rank), Plan(memory, disk, names, every=2, acts=acts, make=make, paced=False, resiliency=limits)).run()
+    plan = Plan(memory, disk, names, every=2, acts=acts, make=make, paced=False, resiliency=limits)
+    (Unclosed if unclosed else Training)(int(rank), plan).run()
     if len(names) > 1:
         dist.destroy_process_group()
 

@@ -108,6 +108,24 @@ def test_no_end_aborts_the_interpreter(world: World, repository: Path, act: str,
         assert "the user's own loop failed" in found[1][1]
 
 
+@pytest.mark.parametrize(("act", "statuses"), [("none", {0}), ("stop", {75}), ("fail", {1}), ("fail@1", {1})])
+def test_a_script_that_never_closes_its_trainer_ends_as_one_that_does(
+    world: World, repository: Path, act: str, statuses: set[int]
+) -> None:
+    found = ends(*(start(world, repository, rank, "a,b", f"{act}+unclosed") for rank in (0, 1)))
+    assert {status for status, _ in found} == statuses, found
+    assert "terminate called" not in found[0][1] + found[1][1]
+
+
+def test_what_is_on_its_way_when_a_script_ends_that_never_closes_its_trainer_arrives(
+    world: World, repository: Path
+) -> None:
+    found = ends(*(start(world, repository, rank, "a,b", "leave+unclosed") for rank in (0, 1)))
+    assert [status for status, _ in found] == [0, 0], found
+    kept = [world.copies(node)[4] for node in "ab"]
+    assert kept == [{0: "primary", 1: "replica"}, {0: "replica", 1: "primary"}]
+
+
 def test_a_start_that_fails_behind_what_was_fetched_ends_with_1(world: World, repository: Path) -> None:
     """The links that it came over are closed, and their threads wait for the other side a moment longer."""
     ends(*(start(world, repository, rank, "a,b", "none") for rank in (0, 1)))

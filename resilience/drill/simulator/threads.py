@@ -33,8 +33,9 @@ class SimThreads:
     def mailbox(self) -> Mailbox:
         return _SimMailbox(self._scheduler)
 
-    def at_exit(self, last: Callable[[], None]) -> None:
+    def at_exit(self, last: Callable[[], None]) -> Callable[[], None]:
         """A simulated process ends without: what is stuck then is found by the scheduler."""
+        return lambda: None
 
 
 class _SimThread:
