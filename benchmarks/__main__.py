@@ -25,12 +25,12 @@ from benchmarks.overlap_figures import measure_overlap, overlap_figures
 from benchmarks.persistent_figures import persistent_figures
 from benchmarks.persistent_rounds import measure_persistent
 from benchmarks.report import document, table, write
+from benchmarks.restore_rounds import measure_restores
 from benchmarks.rounds import (
     measure_boundaries,
     measure_imports,
     measure_planning,
     measure_redundancy,
-    measure_restores,
     measure_saves,
 )
 from benchmarks.settings import FULL, QUICK, Settings
@@ -89,7 +89,7 @@ def _boundaries(settings: Settings, directory: Path, options: argparse.Namespace
 
 
 def _restores(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
-    found = measure_restores(settings, directory, _say)
+    found = measure_restores(settings, directory, _say, **_others(options))
     return found, told.restore_figures(found)
 
 
@@ -99,9 +99,12 @@ def _redundancy(settings: Settings, directory: Path, options: argparse.Namespace
 
 
 def _saves(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:
-    others = {"with_nvrx": not options.without_nvrx, "with_peers": not options.without_peers}
-    found = measure_saves(settings, directory, _say, **others)
+    found = measure_saves(settings, directory, _say, **_others(options))
     return found, told.save_figures(found)
+
+
+def _others(options: argparse.Namespace) -> dict[str, bool]:
+    return {"with_nvrx": not options.without_nvrx, "with_peers": not options.without_peers}
 
 
 def _persistent(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[Any, list[told.Figure]]:

@@ -26,6 +26,7 @@ __all__ = [
 Samples = Mapping[str, Series]
 
 _SHORTER = "times shorter stall than"
+_RESTORED = "times sooner restored, new process, than"
 _SOONER = "times sooner committed on one node than"
 _SOONER_ON_BOTH = "times sooner committed on both nodes than"
 
@@ -208,7 +209,7 @@ def _best(found: Samples, measures: Mapping[str, str]) -> tuple[str, Series]:
 def restore_figures(found: Mapping[str, Samples]) -> list[Figure]:
     """`found`: by "<state>/<where>", the state being `in_place` or `adam`, where `own` or `peer`.
 
-    A rank gets the whole replicated state back, which is two shards.
+    A rank gets the whole replicated state back, which is two shards; from others, too.
     """
     figures = []
     for state, words in (("in_place", "state in memory that was touched"), ("adam", "two thirds into new memory")):
@@ -224,6 +225,27 @@ def restore_figures(found: Mapping[str, Samples]) -> list[Figure]:
                 "gloo one way + memcpy of as much", peer["gloo_one_way"] + peer["memcpy"].times(2), goals[1],
             ),
         ]  # fmt: skip
+    return figures + _restores_of_others(found["in_place/own"], found["in_place/peer"])
+
+
+def _restores_of_others(own: Samples, peer: Samples) -> list[Figure]:
+    """Ours from making the controller on, theirs from making what they need. The best: of the packages, in each
+    round; told if any but DCP is there."""
+    ways = {"DCP": "dcp", "NVRx": "nvrx"} | {each.name: each.module for each in PEERS}
+    ways = _measured(own, ways)
+    figures = []
+    if "torch" in own:
+        name = "torch.load of a mapped file, which proves nothing"
+        figures.append(_faster("restore_torch", _RESTORED, own["whole"], name, own["torch"]))
+    figures += [
+        _faster(f"restore_{measure}", _RESTORED, own["whole"], f"{name}, from the own node", own[measure])
+        for name, measure in ways.items()
+    ]
+    if ways.keys() - {"DCP"}:
+        figures.append(_faster("restore_best", _RESTORED, own["whole"], *_best(own, ways), 2.0))
+    if "nvrx_replicated" in peer:
+        name = "NVRx, one node being empty"
+        figures.append(_faster("restore_nvrx_peer", _RESTORED, peer["whole"], name, peer["nvrx_replicated"], 2.0))
     return figures
 
 

@@ -5,7 +5,6 @@ A sample is what the slowest rank took.
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from benchmarks.nvrx_env import nvrx_python
 from benchmarks.peers import PEERS
 from benchmarks.peers_rounds import peer_turns
 from benchmarks.planning import plan_seconds
-from benchmarks.series import Series, note
+from benchmarks.series import Series, as_series, note, slowest
 from benchmarks.settings import Settings
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "measure_imports",
     "measure_planning",
     "measure_redundancy",
-    "measure_restores",
     "measure_saves",
 ]
 
@@ -56,7 +54,7 @@ def measure_saves(
             turn = number % len(order)  # who follows whom changes from round to round
             for crew, measure in order[turn:] + order[:turn]:
                 note(found if number >= 0 else defaultdict(list), measure, crew.ask(measure))
-    return _as_series(found)
+    return as_series(found)
 
 
 def _nvrx_turns(crews: ExitStack, settings: Settings, directory: Path, say: Say) -> list[tuple[Crew, str]]:
@@ -78,34 +76,7 @@ def measure_redundancy(settings: Settings, directory: Path, say: Say) -> dict[st
             turn = number % len(order)
             for measure in order[turn:] + order[:turn]:
                 note(found if number >= 0 else defaultdict(list), measure, crew.ask(measure))
-    return _as_series(found)
-
-
-def measure_restores(settings: Settings, directory: Path, say: Say) -> dict[str, dict[str, Series]]:
-    """By "<state>/<where>": seconds of the restore, and of the limits in the same processes."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for state in ("in_place", "adam"):
-        place = directory / f"restores-{state}"
-        options = {"state": state}
-        with Crew("restores", settings, place, options=options) as crew:
-            crew.ask("prepare")
-        for number in range(settings.restores):
-            for where in ("own", "peer"):
-                say(f"restore: {state}, {where}, {number + 1} of {settings.restores}")
-                if where == "peer":  # node 1 comes empty
-                    shutil.rmtree(place / "node1")
-                for key, seconds in _one_restore(settings, place, options).items():
-                    found[f"{state}/{where}"][key].append(seconds)
-        shutil.rmtree(place)
-    return {name: _as_series(samples) for name, samples in found.items()}
-
-
-def _one_restore(settings: Settings, place: Path, options: Mapping[str, Any]) -> dict[str, float]:
-    with Crew("restores", settings, place, options=options) as crew:
-        before = _slowest(crew.ask("limits", repeat=3))
-        restored = _slowest(crew.ask("restore"))
-        after = _slowest(crew.ask("limits", repeat=3))
-    return restored | {key: (before[key] + after[key]) / 2 for key in before}
+    return as_series(found)
 
 
 def measure_boundaries(settings: Settings, directory: Path, say: Say) -> dict[int, dict[str, Series]]:
@@ -119,7 +90,7 @@ def measure_boundaries(settings: Settings, directory: Path, say: Say) -> dict[in
         samples: dict[str, list[float]] = defaultdict(list)
         with Crew("boundaries", settings, directory / f"boundaries-{size}", size=size) as crew:
             for block in range(-1, blocks):
-                bare = _slowest(crew.ask("bare", steps=steps))
+                bare = slowest(crew.ask("bare", steps=steps))
                 wrapped = crew.ask("wrapped", steps=steps)
                 if block < 0:
                     continue
@@ -127,7 +98,7 @@ def measure_boundaries(settings: Settings, directory: Path, say: Say) -> dict[in
                 samples["wrapped"].append(max(each["step"] for each in wrapped))
                 samples["boundary"] += _slowest_each(wrapped, "boundaries")
                 samples["worked"] += _slowest_each(wrapped, "worked")
-        found[size] = _as_series(samples)
+        found[size] = as_series(samples)
     return found
 
 
@@ -145,18 +116,9 @@ def measure_imports(settings: Settings, say: Say) -> tuple[dict[str, Series], li
     """Seconds by what is imported, and what that said on standard error."""
     say("imports")
     seconds, said = import_seconds(settings.imports)
-    return _as_series(seconds), said
-
-
-def _slowest(answers: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    answers = list(answers)
-    return {key: max(float(answer[key]) for answer in answers) for key in answers[0]}
+    return as_series(seconds), said
 
 
 def _slowest_each(answers: Iterable[Mapping[str, Any]], key: str) -> list[float]:
     """Of each of the things that all ranks measured one after the other, what the slowest took."""
     return [max(each) for each in zip(*(answer[key] for answer in answers), strict=True)]
-
-
-def _as_series(samples: Mapping[str, Iterable[float]]) -> dict[str, Series]:
-    return {key: Series(tuple(each)) for key, each in samples.items()}

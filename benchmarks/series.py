@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Series", "note"]
+__all__ = ["Series", "as_series", "note", "slowest"]
 
 
 def note(found: dict[str, list[float]], measure: str, answers: Sequence[Mapping[str, float]]) -> None:
     """Take in what the ranks say of `measure`: a sample is what the slowest took. What is not its `seconds` has a name
     of its own, `<measure>.<what>`."""
-    for what in answers[0]:
-        slowest = max(float(answer[what]) for answer in answers)
-        found[measure if what == "seconds" else f"{measure}.{what}"].append(slowest)
+    for what, most in slowest(answers).items():
+        found[measure if what == "seconds" else f"{measure}.{what}"].append(most)
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,12 @@ class Series:
     def _with(self, other: Series, combine: Callable[[float, float], float]) -> Series:
         pairs = zip(self.samples, other.samples, strict=True)
         return Series(tuple(combine(mine, theirs) for mine, theirs in pairs))
+
+
+def slowest(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of what all ranks say, what the slowest took."""
+    return {key: max(float(answer[key]) for answer in answers) for key in answers[0]}
+
+
+def as_series(samples: Mapping[str, Iterable[float]]) -> dict[str, Series]:
+    return {key: Series(tuple(each)) for key, each in samples.items()}

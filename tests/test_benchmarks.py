@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import peers_rounds
-from benchmarks.figures import Figure, Goal, planning_figures, save_figures
+from benchmarks.figures import Figure, Goal, planning_figures, restore_figures, save_figures
 from benchmarks.growth_chart import chart
 from benchmarks.nvrx_env import nvrx_python
 from benchmarks.peers import PEERS, Peer
@@ -64,11 +64,26 @@ def test_a_quick_run_measures_saves_with_real_ranks_and_keeps_every_sample(tmp_p
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_quick_run_restores_from_either_node_and_crosses_boundaries(tmp_path: Path, repository: Path) -> None:
-    document = run_benchmarks(tmp_path, repository, "--only", "restores", "--only", "boundaries", "--only", "imports")
+def test_a_quick_run_crosses_boundaries_and_imports(tmp_path: Path, repository: Path) -> None:
+    document = run_benchmarks(tmp_path, repository, "--only", "boundaries", "--only", "imports")
     figures = {figure["name"]: figure for figure in document["figures"]}
-    states = [f"restore_{where}_{state}" for where in ("own", "peer") for state in ("in_place", "adam")]
-    assert set(figures) == {*states, "boundary_2", "boundary_work_2", "import", "import_names"}
+    assert set(figures) == {"boundary_2", "boundary_work_2", "import", "import_names"}
+    for figure in figures.values():
+        check_shape(figure)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_quick_run_restores_from_either_node_beside_every_peer_that_can_be_had(
+    tmp_path: Path, repository: Path
+) -> None:
+    document = run_benchmarks(tmp_path, repository, "--only", "restores", without=())
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    ours = {f"restore_{where}_{state}" for where in ("own", "peer") for state in ("in_place", "adam")}
+    nvrx = {"restore_nvrx", "restore_nvrx_peer"} if nvrx_python()[0] else set()
+    peers = {f"restore_{peer.module}" for peer in PEERS if peer.restores and peer_python(peer)[0]}
+    best = {"restore_best"} if nvrx | peers else set()
+    assert set(figures) == ours | {"restore_torch", "restore_dcp"} | nvrx | peers | best
     for figure in figures.values():
         check_shape(figure)
     fetched = document["measured_s"]["restores"]["in_place/peer"]["retrieved_bytes"]
@@ -211,6 +226,22 @@ def test_the_best_peer_is_the_best_of_each_round_among_those_that_do_the_same_wo
     assert str(told["best_peer_committed"].goal) == "≥ 3"
 
 
+def test_a_restore_is_held_against_the_best_of_each_round_and_an_unproved_file_is_no_package() -> None:
+    limits = {name: Series((1.0, 1.0)) for name in ("seconds", "memcpy", "hash", "gloo_one_way", "whole")}
+    found = {f"{state}/{where}": dict(limits) for state in ("in_place", "adam") for where in ("own", "peer")}
+    found["in_place/own"] |= {"torch": Series((0.5, 0.5)), "dcp": Series((4.0, 6.0))}
+    told = {figure.name: figure for figure in restore_figures(found)}
+    assert told["restore_torch"].ratio == Series((0.5, 0.5))
+    assert "restore_best" not in told
+    assert "restore_nvrx_peer" not in told
+    found["in_place/own"] |= {"nvrx": Series((5.0, 5.0)), "lm_resiliency": Series((9.0, 3.0))}
+    found["in_place/peer"] |= {"nvrx_replicated": Series((1.5, 1.5))}
+    told = {figure.name: figure for figure in restore_figures(found)}
+    assert told["restore_best"].ratio == Series((4.0, 3.0))
+    assert told["restore_best"].met
+    assert told["restore_nvrx_peer"].met is False
+
+
 def test_planning_is_held_against_half_the_ranks() -> None:
     found = {
         ranks: {"decode": Series((seconds,)), "plan": Series((seconds,))} for ranks, seconds in ((64, 0.1), (128, 0.3))
@@ -238,7 +269,9 @@ def test_an_environment_that_cannot_be_made_leaves_a_peer_out_with_a_reason(tmp_
 
 def test_a_peer_that_cannot_be_installed_leaves_out_no_other(tmp_path: Path) -> None:
     nowhere = ("--no-index", "--find-links", str(tmp_path), "--retries=0")
-    python, reason = peer_python(Peer("no-such-peer", "1.0", "no_such_peer", (), False, (), nowhere), tmp_path / "env")
+    python, reason = peer_python(
+        Peer("no-such-peer", "1.0", "no_such_peer", (), False, pip_options=nowhere), tmp_path / "env"
+    )
     assert python == ""
     assert reason.startswith("no-such-peer==1.0 could not be installed: ")
     there = Peer("torch", torch.__version__, "torch", (), False)  # which is borrowed
