@@ -30,7 +30,7 @@ def peer_turns(
     They share their processes: one half of the state for each of them would be much memory.
     """
     tries = Tries("peers", {peer: peer.measures for peer in peers}, QUICK, lambda peer: directory / peer.module)
-    pythons = usable_peers(tries, settings, directory, say)
+    pythons = usable_peers(tries, _MOST_SHARDS_HELD * settings.shard_bytes, directory, say)
     if not pythons:
         return []
     options = {"peers": [peer.module for peer in pythons]}
@@ -39,12 +39,12 @@ def peer_turns(
     return [(crew, measure) for peer in pythons for measure in peer.measures]
 
 
-def usable_peers(tries: Tries, settings: Settings, directory: Path, say: Callable[[str], None]) -> dict[Peer, str]:
+def usable_peers(tries: Tries, needed: int, directory: Path, say: Callable[[str], None]) -> dict[Peer, str]:
     """The interpreters of those that can be had and did what is asked of them once, each in processes of its own.
 
-    Each other one is named with its reason.
+    Each other one is named with its reason; all of them where `needed` bytes of memory are not free.
     """
-    needed, free = _MOST_SHARDS_HELD * settings.shard_bytes, _free_bytes(directory)
+    free = _free_bytes(directory)
     if free is not None and free < needed:
         names = ", ".join(each.name for each in tries.measures)
         say(f"{names} are not compared: {free:,} bytes are free, {needed:,} needed")

@@ -22,7 +22,7 @@ __all__ = ["make"]
 class _Nvrx:
     def __init__(self, replicated: bool, place: Place) -> None:
         strategy: Any = CliqueReplicationStrategy.from_replication_params(1, 2) if replicated else None
-        where = place.node_directory / ("nvrx-replicated" if replicated else "nvrx")
+        where = place.node_directory / ("nvrx_replicated" if replicated else "nvrx")
         self._manager: Any = LocalCheckpointManager(where, "putting-back", strategy)
 
     def save(self, state: State) -> None:

@@ -26,6 +26,8 @@ Say = Callable[[str], None]
 Samples = dict[str, dict[str, list[float]]]
 
 _EMPTY_NODE: Final = "node1"
+#: What their saves and processes hold together at most, beside what ours and NVRx's left.
+_MOST_SHARDS_HELD: Final = 40
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class _Others:
         for where, ways in (("own", self.own), ("peer", self.peer)):
             if not ways:
                 continue
-            if where == "peer":
-                shutil.rmtree(directory / self.role / _EMPTY_NODE)
+            for way in ways if where == "peer" else ():
+                shutil.rmtree(directory / self.role / _EMPTY_NODE / way)  # which it names its folder by
             with self.crew(settings, directory) as crew:
                 for way in ways:
                     found[f"in_place/{where}"][way].append(slowest(crew.ask(f"load_{way}"))["seconds"])
@@ -117,7 +119,8 @@ def _of_peers(settings: Settings, place: Path, say: Say) -> list[_Others]:
     for peer in PEERS:
         if not peer.restores:
             say(f"{peer.name}'s restores are not compared: they take its adapter for a framework")
-    pythons = usable_peers(Tries(role, asked, settings, lambda _: place / role), settings, place, say)
+    tries = Tries(role, asked, settings, lambda _: place / role)
+    pythons = usable_peers(tries, _MOST_SHARDS_HELD * settings.shard_bytes, place, say)
     if not pythons:
         return []
     ways = [peer.module for peer in pythons]
