@@ -33,7 +33,7 @@ from resilience.replication.conversation import Conversation
 from resilience.reports import Resume, SaveReport
 from resilience.requests import take_request
 from resilience.runtime.clock import Clock, SystemClock
-from resilience.runtime.threads import SYSTEM_THREADS, Threads, ended_by_exception
+from resilience.runtime.threads import SYSTEM_THREADS, Threads, uncaught
 from resilience.saving import Saving
 from resilience.saving.lanes import CLOSE_BOUND_S
 from resilience.snapshot.overlap import WatchSteps, refuse_overlap, watch_all
@@ -101,7 +101,7 @@ class ResiliencyController:
         self._step_told_at = self.clock.now()
         self.tells_every_step = False  # in a drill
         self.before_save: Callable[[], None] = lambda: None  # called when one is about to be taken
-        self.close_at_exit: Callable[..., None] = self.close  # if nobody did before: whoever wraps this closes more
+        self.close_at_exit: Callable[..., None] | None = None  # of whoever wraps this, and has more to close
         self._unregister_exit: Callable[[], None] = lambda: None
 
     #: How to hear of the steps that an overlapped snapshot has to be joined before.
@@ -153,7 +153,7 @@ class ResiliencyController:
         )  # fmt: skip
         self._ledger.iteration = self.iteration
         # Last of all that registers for the exit, so the first to be called: the others are for what a close leaves.
-        self._unregister_exit = self._threads.at_exit(lambda: self.close_at_exit(failed=ended_by_exception()))
+        self._unregister_exit = self._threads.at_exit(self._at_exit)
         announce_start(
             start, self.state, self._log.generation, resume, plan.notes, plan.decision.reason, self.tell, self._env
         )
@@ -350,6 +350,14 @@ class ResiliencyController:
             start.release(keep_locks=not ended)
         self.events.close()
         self._unregister_exit()
+        self.close_at_exit = None
+
+    def _at_exit(self) -> None:
+        """Nobody closed it. A thread that is left in gloo when the interpreter ends would abort that."""
+        error = uncaught()
+        if error is not None:
+            self.tell_exception(error)
+        (self.close_at_exit or self.close)(failed=error is not None)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final, Protocol
 
-__all__ = ["SYSTEM_THREADS", "Condition", "Mailbox", "SystemThreads", "Thread", "Threads", "ended_by_exception"]
+__all__ = ["SYSTEM_THREADS", "Condition", "Mailbox", "SystemThreads", "Thread", "Threads", "uncaught"]
 
 
 class Condition(AbstractContextManager[Any], Protocol):
@@ -87,6 +87,6 @@ class SystemThreads:
 SYSTEM_THREADS: Final = SystemThreads()
 
 
-def ended_by_exception() -> bool:
-    """At exit: whether the script died of an exception that nobody caught. At a prompt, one is no end."""
-    return getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")
+def uncaught() -> BaseException | None:
+    """At exit: the exception that the script died of, if it did. At a prompt, one is no end."""
+    return None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)

@@ -115,6 +115,8 @@ def test_a_script_that_never_closes_its_trainer_ends_as_one_that_does(
     found = ends(*(start(world, repository, rank, "a,b", f"{act}+unclosed") for rank in (0, 1)))
     assert {status for status, _ in found} == statuses, found
     assert "terminate called" not in found[0][1] + found[1][1]
+    told = {each["rank"] for each in world.events("exception", error="RuntimeError: the user's own loop failed")}
+    assert told == {"fail": {0, 1}, "fail@1": {1}}.get(act, set())
 
 
 def test_what_is_on_its_way_when_a_script_ends_that_never_closes_its_trainer_arrives(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 _SCRIPT = """
 import os, sys
-from resilience.runtime.threads import SYSTEM_THREADS, ended_by_exception
-SYSTEM_THREADS.at_exit(lambda: print("first", ended_by_exception(), flush=True))
+from resilience.runtime.threads import SYSTEM_THREADS, uncaught
+SYSTEM_THREADS.at_exit(lambda: print("first", repr(uncaught()), flush=True))
 SYSTEM_THREADS.at_exit(lambda: print("second", flush=True))
 SYSTEM_THREADS.at_exit(lambda: print("third", flush=True))()
 if os.fork() == 0:
@@ -25,9 +25,9 @@ def said(repository: Path, end: str) -> list[str]:
 
 
 def test_a_process_calls_what_was_registered_and_a_forked_child_does_not(repository: Path) -> None:
-    assert said(repository, "") == ["second", "first False"]
+    assert said(repository, "") == ["second", "first None"]
 
 
 def test_an_exception_that_nobody_caught_is_known_at_the_end_and_an_exit_is_none(repository: Path) -> None:
-    assert said(repository, "raise ValueError('x')") == ["second", "first True"]
-    assert said(repository, "sys.exit(3)") == ["second", "first False"]
+    assert said(repository, "raise ValueError('x')") == ["second", "first ValueError('x')"]
+    assert said(repository, "sys.exit(3)") == ["second", "first None"]
