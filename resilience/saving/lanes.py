@@ -84,7 +84,7 @@ class Lanes:
         return self._ended
 
     def _at_exit(self) -> None:
-        """A thread is still in a transfer, or nobody called `close`: leaving would abort the process, so leave hard."""
+        """A close came to its bound with a thread in a transfer: leaving would abort the process, so leave hard."""
         self.give_up()
         closed = all(lane.close(_FAILED_CLOSE_BOUND_S, drop=True) for lane in self._all)
         if not closed or (self._ended and _threads_in_gloo()):
