@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.crew import Crew
 from benchmarks.figures import Figure, Goal
-from benchmarks.series import Series, note
+from benchmarks.series import Series, as_series, note
 from benchmarks.settings import Settings
 
 __all__ = ["device_figures", "measure_device"]
@@ -40,7 +40,7 @@ def measure_device(
             turn = number % len(_ORDER)
             for measure in _ORDER[turn:] + _ORDER[:turn]:
                 note(found if number >= 0 else defaultdict(list), measure, crew.ask(measure))
-    return {name: Series(tuple(samples)) for name, samples in found.items()}
+    return as_series(found)
 
 
 def device_figures(found: Mapping[str, Series]) -> list[Figure]:

@@ -231,12 +231,9 @@ def restore_figures(found: Mapping[str, Samples]) -> list[Figure]:
 def _restores_of_others(own: Samples, peer: Samples) -> list[Figure]:
     """Ours from making the controller on, theirs from making what they need. The best: of the packages, in each
     round; told if any but DCP is there."""
-    ways = {"DCP": "dcp", "NVRx": "nvrx"} | {each.name: each.module for each in PEERS}
-    ways = _measured(own, ways)
-    figures = []
-    if "torch" in own:
-        name = "torch.load of a mapped file, which proves nothing"
-        figures.append(_faster("restore_torch", _RESTORED, own["whole"], name, own["torch"]))
+    ways = _measured(own, {"DCP": "dcp", "NVRx": "nvrx"} | {each.name: each.module for each in PEERS})
+    name = "torch.load of a mapped file, which proves nothing"
+    figures = [_faster("restore_torch", _RESTORED, own["whole"], name, own["torch"])]
     figures += [
         _faster(f"restore_{measure}", _RESTORED, own["whole"], f"{name}, from the own node", own[measure])
         for name, measure in ways.items()

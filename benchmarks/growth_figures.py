@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from benchmarks.crew import Crew
 from benchmarks.figures import Figure
-from benchmarks.series import Series, note
+from benchmarks.series import as_series, note
 from benchmarks.settings import QUICK, Settings
 
 __all__ = ["AXES", "Point", "growth_figures", "measure_growth"]
@@ -65,7 +65,7 @@ def measure_growth(settings: Settings, directory: Path, say: Callable[[str], Non
             for mode in _MODES:
                 say(f"growth with {axis}: {point}, {mode}")
                 _measure(samples, point, mode, settings, directory / f"growth-{axis}", 1 if quick else _ROUNDS)
-            series = {name: Series(tuple(each)) for name, each in samples.items()}
+            series = as_series(samples)
             found[axis].append(asdict(point) | series)
     return found
 

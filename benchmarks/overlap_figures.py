@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from benchmarks.crew import Crew
 from benchmarks.figures import Figure, Goal
-from benchmarks.series import Series, note
+from benchmarks.series import Series, as_series, note
 from benchmarks.settings import QUICK, Settings
 
 __all__ = ["measure_overlap", "overlap_figures"]
@@ -44,7 +44,7 @@ def measure_overlap(settings: Settings, directory: Path, say: Callable[[str], No
                     note(found if number >= 0 else defaultdict(list), f"{measure}_{shape}", answers)
             if shape == "large":
                 _loops(found, crew, settings, quick, say)
-    return {name: Series(tuple(samples)) for name, samples in found.items()}
+    return as_series(found)
 
 
 def _loops(

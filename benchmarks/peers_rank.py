@@ -18,9 +18,32 @@ from benchmarks.folders import fresh_folder
 from benchmarks.rank import Bench, Place, timed, waited
 from benchmarks.state import Weights, adam_for, half_of
 
-__all__ = ["make"]
+__all__ = ["lm_resiliency_manager", "make", "torch_checkpointing_manager"]
 
 Half = dict[str, torch.Tensor]
+
+
+def torch_checkpointing_manager(how: str) -> Any:
+    """`how`: the name of one of its ready configurations."""
+    from torch_checkpointing import CheckpointManager
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    config: Any = getattr(CheckpointManager.Config, how)()
+    config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)  # of no use on a memory mount
+    return config.build()
+
+
+def lm_resiliency_manager(place: Place) -> Any:
+    from lm_resiliency.checkpointing import InMemoryCheckpointManager, InMemoryCkptConfig
+
+    config = InMemoryCkptConfig(
+        replication_jump=1,
+        disk_flush_interval=0,
+        disk_folder=str(place.node_directory / "lm-resiliency"),
+        run_id="benchmark",
+        pin_memory=False,
+    )
+    return InMemoryCheckpointManager(config)
 
 
 class _TorchSnapshot:
@@ -52,14 +75,9 @@ class _TorchCheckpointing:
     """A thread stages into shared memory, another process writes it; the manager's lock says when the state is free."""
 
     def __init__(self, place: Place, half: Half) -> None:
-        from torch_checkpointing import CheckpointManager
-        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
-
         self._place, self._half = place, {"half": half}
-        async_save, save = CheckpointManager.Config.with_async_save(), CheckpointManager.Config.with_sync_save()
-        for config in (async_save, save):
-            config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)  # of no use on a memory mount
-        self._async_manager, self._manager = async_save.build(), save.build()
+        self._async_manager = torch_checkpointing_manager("with_async_save")
+        self._manager = torch_checkpointing_manager("with_sync_save")
 
     def measures(self) -> dict[str, Callable[..., dict[str, Any]]]:
         return {"torch_checkpointing_async": self._async, "torch_checkpointing_save": self._save}
@@ -92,16 +110,7 @@ class _LmResiliency:
     """Copies into the process's own memory, then exchanges copies with the peer's in the background. No file."""
 
     def __init__(self, place: Place, half: Half) -> None:
-        from lm_resiliency.checkpointing import InMemoryCheckpointManager, InMemoryCkptConfig
-
-        config = InMemoryCkptConfig(
-            replication_jump=1,
-            disk_flush_interval=0,
-            disk_folder=str(place.node_directory / "lm-resiliency"),
-            run_id="benchmark",
-            pin_memory=False,
-        )
-        self._manager = InMemoryCheckpointManager(config)
+        self._manager = lm_resiliency_manager(place)
         self._tensors = list(half.values())
         self._step = 0
 

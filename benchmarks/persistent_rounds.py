@@ -12,7 +12,7 @@ from typing import Final
 
 from benchmarks.crew import Crew
 from benchmarks.persistent_figures import FORMATS
-from benchmarks.series import Series
+from benchmarks.series import Series, as_series, slowest
 from benchmarks.settings import Settings
 
 __all__ = ["measure_persistent"]
@@ -37,10 +37,9 @@ def measure_persistent(settings: Settings, directory: Path, say: Callable[[str],
             turn = number % len(_MEASURES)
             for measure in _MEASURES[turn:] + _MEASURES[:turn]:
                 _measure(crew, measure, found if number >= 0 else defaultdict(list))
-    return {key: Series(tuple(samples)) for key, samples in found.items()}
+    return as_series(found)
 
 
 def _measure(crew: Crew, measure: str, found: dict[str, list[float]], *, called: str = "") -> None:
-    answers = crew.ask(measure)
-    for key in answers[0]:
-        found[f"{called or measure}.{key}"].append(max(float(answer[key]) for answer in answers))
+    for key, most in slowest(crew.ask(measure)).items():
+        found[f"{called or measure}.{key}"].append(most)

@@ -14,11 +14,10 @@ import torch
 from torch.distributed.checkpoint import load, save
 
 from benchmarks.rank import Bench, Place, timed
-from benchmarks.state import Weights
+from benchmarks.state import OTHER, SAVED, Weights
 
 __all__ = ["PuttingBack", "State", "Way", "fill", "make"]
 
-_SAVED, _OTHER = 1.0, -1.0
 
 State = dict[str, torch.Tensor]
 
@@ -49,13 +48,13 @@ class PuttingBack:
         return loads | saves
 
     def _save(self, make_way: Callable[[Place], Way]) -> dict[str, Any]:
-        make_way(self._place).save(self._state(_SAVED))
+        make_way(self._place).save(self._state(SAVED))
         return {}
 
     def _load(self, make_way: Callable[[Place], Way]) -> dict[str, Any]:
-        state = self._state(_OTHER)
+        state = self._state(OTHER)
         seconds = timed(lambda: make_way(self._place).load(state))
-        for name, tensor in self._state(_SAVED).items():
+        for name, tensor in self._state(SAVED).items():
             if not torch.equal(state[name], tensor):
                 raise RuntimeError(f"{name} is not what was saved")
         return {"seconds": seconds}

@@ -6,8 +6,9 @@ Runs in the peers' environment.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
+from benchmarks.peers_rank import lm_resiliency_manager, torch_checkpointing_manager
 from benchmarks.putting_back import PuttingBack, State, Way, fill
 from benchmarks.rank import Bench, Place
 
@@ -35,12 +36,7 @@ class _TorchCheckpointing:
     """One file per rank, in one folder."""
 
     def __init__(self, place: Place) -> None:
-        from torch_checkpointing import CheckpointManager
-        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
-
-        config: Any = CheckpointManager.Config.with_sync_save()
-        config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)  # of no use on a memory mount
-        self._manager = config.build()
+        self._manager = torch_checkpointing_manager("with_sync_save")
         self._folder = str(place.directory / "torch-checkpointing")
 
     def save(self, state: State) -> None:
@@ -56,14 +52,7 @@ class _LmResiliency:
     """Its buffers end with the process, which writes them down while it ends."""
 
     def __init__(self, place: Place) -> None:
-        from lm_resiliency.checkpointing import InMemoryCheckpointManager, InMemoryCkptConfig
-
-        self._manager: Any = InMemoryCheckpointManager(
-            InMemoryCkptConfig(
-                replication_jump=1, disk_flush_interval=0, disk_folder=str(place.node_directory / "lm-resiliency"),
-                run_id="putting-back", pin_memory=False,
-            )
-        )  # fmt: skip
+        self._manager = lm_resiliency_manager(place)
 
     def save(self, state: State) -> None:
         self._manager.save_tensors(list(state.values()), 1)

@@ -17,7 +17,7 @@ from benchmarks.crew import Crew
 from benchmarks.nvrx_env import nvrx_python
 from benchmarks.peers import PEERS
 from benchmarks.peers_rounds import Tries, usable_peers
-from benchmarks.series import Series, as_series, slowest
+from benchmarks.series import Series, as_series, note, slowest
 from benchmarks.settings import Settings
 
 __all__ = ["measure_restores"]
@@ -49,14 +49,16 @@ class _Others:
                 crew.ask(f"save_{way}")
 
     def measure(self, settings: Settings, directory: Path, found: Samples) -> None:
-        for where, ways in (("own", self.own), ("peer", self.peer)):
-            if not ways:
-                continue
-            for way in ways if where == "peer" else ():
-                shutil.rmtree(directory / self.role / _EMPTY_NODE / way)  # which it names its folder by
-            with self.crew(settings, directory) as crew:
-                for way in ways:
-                    found[f"in_place/{where}"][way].append(slowest(crew.ask(f"load_{way}"))["seconds"])
+        self._load(settings, directory, self.own, found["in_place/own"])
+        for way in self.peer:
+            shutil.rmtree(directory / self.role / _EMPTY_NODE / way)  # which it names its folder by
+        if self.peer:
+            self._load(settings, directory, self.peer, found["in_place/peer"])
+
+    def _load(self, settings: Settings, directory: Path, ways: Sequence[str], found: dict[str, list[float]]) -> None:
+        with self.crew(settings, directory) as crew:
+            for way in ways:
+                note(found, way, crew.ask(f"load_{way}"))
 
 
 def measure_restores(

@@ -17,12 +17,10 @@ import torch
 from benchmarks.limits import Limits
 from benchmarks.rank import Place, timed
 from benchmarks.saves import Saver
-from benchmarks.state import Weights, adam_for
+from benchmarks.state import OTHER, SAVED, Weights, adam_for
 from resilience import TrainingState
 
 __all__ = ["make"]
-
-_SAVED, _OTHER = 1.0, -1.0
 
 
 class _RestoresBench:
@@ -39,7 +37,7 @@ class _RestoresBench:
 
     def _prepare(self) -> dict[str, Any]:
         """Leave one replicated save behind."""
-        model = Weights(self._place.settings, value=_SAVED, whole=self._in_place)
+        model = Weights(self._place.settings, value=SAVED, whole=self._in_place)
         state = TrainingState(model, None if self._in_place else adam_for(model))
         self._saver = self._make_saver(state)
         self._saver.save()
@@ -56,7 +54,7 @@ class _RestoresBench:
 
     def _restore(self) -> dict[str, Any]:
         """The whole of `ResiliencyController.restore`, and what of it lies between stock-taking and the last copy."""
-        model = Weights(self._place.settings, value=_OTHER, whole=self._in_place)
+        model = Weights(self._place.settings, value=OTHER, whole=self._in_place)
         optimizer = None if self._in_place else torch.optim.Adam(model.parameters(), lr=1e-3)
         state = TrainingState(model, optimizer)
         whole_s = timed(lambda: setattr(self, "_saver", self._make_saver(state)))
@@ -69,7 +67,7 @@ class _RestoresBench:
 
     def _check(self, model: Weights, optimizer: torch.optim.Adam | None) -> None:
         """What was saved is here: a spot check, since other tests prove the rest."""
-        saved = Weights(self._place.settings, value=_SAVED, whole=self._in_place)
+        saved = Weights(self._place.settings, value=SAVED, whole=self._in_place)
         moments = adam_for(saved).state[saved.layers[-1]] if optimizer is not None else {}
         same = torch.equal(model.layers[-1], saved.layers[-1])
         if optimizer is not None:

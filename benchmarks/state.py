@@ -12,7 +12,10 @@ from torch import nn
 
 from benchmarks.settings import RANKS, Settings
 
-__all__ = ["Weights", "adam_for", "changes", "half_of"]
+__all__ = ["OTHER", "SAVED", "Weights", "adam_for", "changes", "half_of"]
+
+#: Of the weights: what a restore is to find, and what it finds instead in a new process.
+SAVED, OTHER = 1.0, -1.0
 
 
 class Weights(nn.Module):

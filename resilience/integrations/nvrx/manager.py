@@ -8,12 +8,12 @@ memory. docs/trainers.md has the list.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -30,6 +30,7 @@ from resilience.integrations.nvrx.trust import Trust
 from resilience.integrations.nvrx.waiting import wait_until_written
 from resilience.integrations.nvrx.world import World, agreed, join
 from resilience.planning.patience import STALL_BOUNDS
+from resilience.runtime.threads import SYSTEM_THREADS
 from resilience.snapshot.arena import Arena
 from resilience.stores.filesystem import PosixFileSystem
 
@@ -79,7 +80,7 @@ class LocalCheckpointManager:
         self._world_now: World | None = None
         self._elected: Elected | None = None
         self._complete: list[int] = []  # iterations of which all ranks know, ascending
-        atexit.register(_close_at_exit, weakref.ref(self), os.getpid())
+        SYSTEM_THREADS.at_exit(partial(_close_if_alive, weakref.ref(self)))
 
     @property
     def rank(self) -> int:
@@ -320,8 +321,8 @@ class LocalCheckpointManager:
         return parsed[0], parsed[1], self.session_id
 
 
-def _close_at_exit(manager: Callable[[], LocalCheckpointManager | None], pid: int) -> None:
-    """Spare memory must not outlive the process. Not in a process that was forked from it."""
+def _close_if_alive(manager: Callable[[], LocalCheckpointManager | None]) -> None:
+    """Spare memory must not outlive the process."""
     alive = manager()
-    if alive is not None and os.getpid() == pid:
+    if alive is not None:
         alive.close()
