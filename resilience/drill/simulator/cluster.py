@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import torch
+
 import resilience.formats.torch_dist_reader
 import resilience.formats.torch_dist_writer  # noqa: F401 - not in the middle of a history: both take seconds
 from resilience.config import CheckpointConfig, ResiliencyConfig
@@ -34,6 +37,7 @@ from resilience.errors import (
     ResilienceError,
     StoppedExit,
 )
+from resilience.state.rng import capture_host, restore_host
 from resilience.stores.trackers import TEXT_TRACKER
 
 __all__ = ["Cluster", "Outcome", "execute"]
@@ -105,7 +109,7 @@ def execute(history: History) -> Outcome:
     cluster = Cluster(history)
     violation = None
     try:
-        cluster.scheduler.run(cluster.launch)
+        cluster.run()
     except Violation as error:
         violation = error
     return Outcome(
@@ -147,7 +151,19 @@ class Cluster:
 
     # -- the launcher -------------------------------------------------------------------------------------------------
 
-    def launch(self) -> None:
+    def run(self) -> None:
+        """The whole history. The generators of random numbers of this process, which all simulated ones share and
+        store, begin as its seed says, and are put back at its end. Raises what ended it early."""
+        before = capture_host()
+        try:
+            random.seed(self.history.seed)
+            np.random.seed(self.history.seed % (1 << 32))
+            torch.manual_seed(self.history.seed)
+            self.scheduler.run(self._launch)
+        finally:
+            restore_host(before)
+
+    def _launch(self) -> None:
         """The world's thread: one start after the other, until the job finished."""
         self._launcher = self.scheduler.current
         for number, plan in enumerate(self.history.starts):

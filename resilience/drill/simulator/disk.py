@@ -282,6 +282,7 @@ class SimFileSystem:
 
     def _write(self, path: Path, inode: Inode, content: bytes | memoryview) -> None:
         mount, _ = self._call("write", path)
+        self._scheduler.note("bytes", content)
         self._refuse_if_full(mount, "cannot write", path)
         if mount.tearing > 0:
             mount.tearing -= 1

@@ -16,10 +16,12 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final, NoReturn
 
 import xxhash
+
+from resilience.drill.simulator.runners import idle_runner
 
 __all__ = ["Killed", "Process", "Scheduler", "Task", "Violation"]
 
@@ -58,13 +60,13 @@ class Process:
 class Task:
     """One simulated thread."""
 
+    baton: threading.Lock  # of the real thread that it runs in
+
     def __init__(self, name: str, process: Process, run: Callable[[], None], on_end: Callable[[], None] | None) -> None:
         self.name = name
         self.process = process
         self.run = run
         self.on_end = on_end
-        self.baton = threading.Lock()
-        self.baton.acquire()
         self.done = False
         self.ready = False
         self.waits = 0  # counts its waits, so that a timer of an earlier one does not wake it
@@ -104,7 +106,7 @@ class Scheduler:
 
     @property
     def trace(self) -> str:
-        """All that happened, in one number: two executions of a seed have the same."""
+        """All that happened and was written, in one number: two executions of a seed have the same."""
         return self._trace.hexdigest()
 
     # -- threads ------------------------------------------------------------------------------------------------------
@@ -114,12 +116,11 @@ class Scheduler:
     ) -> Task:
         task = Task(f"{process.name}/{name}", process, run, on_end)
         self._tasks[task] = None
-        threading.Thread(target=self._live, args=(task,), name=f"sim-{task.name}", daemon=True).start()
+        task.baton = idle_runner(partial(self._live, task)).baton
         self._make_ready(task)
         return task
 
     def _live(self, task: Task) -> None:
-        task.baton.acquire()
         try:
             if not (task.process.dead or self._ending):
                 task.run()
@@ -188,9 +189,10 @@ class Scheduler:
             self._pass_on(task, ready=True)
             self._check(task)
 
-    def note(self, what: str) -> None:
+    def note(self, what: str, content: bytes | memoryview = b"") -> None:
         """Make it part of the trace."""
         self._trace.update(f"{self.current.name} {what}\n".encode())
+        self._trace.update(content)
 
     def block(self, until: float | None = None) -> None:
         """The running thread waits: to be woken, or for the time `until`."""
