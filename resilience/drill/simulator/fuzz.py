@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -71,21 +70,19 @@ def fuzz(
     seconds: float | None = None,
     workers: int = 1,
     focus: Sequence[FaultKind] = (),
-    core: int | None = None,
 ) -> Tally:
     """Run the histories of `count` seeds from `first` on, or as many as `seconds` allow. Stops after a few broken ones.
 
-    Several `workers` fork from this process, which has imported all that they need, and take a core each. `core`: the
-    one that a single worker keeps to meanwhile; None: any.
+    Several `workers` fork from this process, which has imported all that they need.
     """
     assert count is not None or seconds is not None, "there must be an end"
     _import_all()
     ends_at = math.inf if seconds is None else time.monotonic() + seconds
     tally = Tally()
     if workers == 1:
-        return _run_seeds(_seeds(first, count, 0, 1), ends_at, focus, core)
+        return _run_seeds(_seeds(first, count, 0, 1), ends_at, focus)
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        parts = [(_seeds(first, count, number, workers), ends_at, focus, number) for number in range(workers)]
+        parts = [(_seeds(first, count, number, workers), ends_at, focus) for number in range(workers)]
         for part in pool.starmap(_run_seeds, parts, chunksize=1):
             tally.add(part)
     return tally
@@ -95,9 +92,9 @@ def _seeds(first: int, count: int | None, number: int, workers: int) -> range:
     return range(first + number, first + (count if count is not None else _ENDLESS), workers)
 
 
-def _run_seeds(seeds: range, ends_at: float, focus: Sequence[FaultKind], core: int | None) -> Tally:
+def _run_seeds(seeds: range, ends_at: float, focus: Sequence[FaultKind]) -> Tally:
     tally = Tally()
-    with _on_one_core(core), _collected_in_between() as collect:
+    with _collected_in_between() as collect:
         for seed in seeds:
             if time.monotonic() >= ends_at or len(tally.broken) >= _ENOUGH_BROKEN:
                 break
@@ -120,23 +117,6 @@ def _collected_in_between() -> Iterator[Callable[[], object]]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
-
-
-@contextmanager
-def _on_one_core(number: int | None) -> Iterator[None]:
-    """Keep the calling thread, and all that it starts meanwhile, on one of this process's cores (counted round).
-
-    Of a history's threads one runs at a time. Waking the next one on another core takes longer than what it then does.
-    """
-    if number is None or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def _import_all() -> None:
