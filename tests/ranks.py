@@ -24,13 +24,18 @@ from typing import Any
 
 __all__ = ["PRELOAD", "TIMEOUT_S", "Outcome", "killed", "run_ranks", "values"]
 
-#: `torch._dynamo` is what making an optimizer imports: 1.2 s of a process, if each pays for itself.
+#: `torch._dynamo` is what making an optimizer imports: 1.2 s of a process, if each pays for itself. Nearly all modules
+#: that have a rank's work import pytest, many hypothesis, DCP or sharded optimizers: 0.1 to 0.4 s of each rank.
 PRELOAD = [
     "torch",
     "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.optim",
     "torch._dynamo",
     "resilience.trainer",
     "resilience.replication.gloo",
+    "pytest",
+    "hypothesis",
 ]
 #: Nothing is expected to come near it, on a machine that is busy with other things: only what hangs runs into it.
 TIMEOUT_S = 120.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Wire:
     timeout_s: float = 60.0
     alter: Callable[[int, int, int, torch.Tensor], torch.Tensor | None] = lambda *carried: carried[3]
     boxes: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = field(default_factory=dict)
+    hung_up: set[int] = field(default_factory=set)  # nothing more comes from these
 
     def box(self, sender: int, receiver: int, tag: int) -> queue.Queue[torch.Tensor]:
         return self.boxes.setdefault((sender, receiver, tag), queue.Queue())
@@ -56,11 +58,17 @@ class FakeLinks:
 
     def wait(self, transfer: object) -> None:
         if isinstance(transfer, _Receive):
+            transfer.content.copy_(self._arrived(transfer))
+
+    def _arrived(self, transfer: _Receive) -> torch.Tensor:
+        until = time.monotonic() + self._wire.timeout_s
+        while True:
+            over = transfer.peer in self._wire.hung_up or time.monotonic() >= until
             try:
-                arrived = transfer.box.get(timeout=self._wire.timeout_s)
+                return transfer.box.get(timeout=0.0 if over else 0.05)
             except queue.Empty as error:
-                raise PeerLostError(f"nothing moved for {self._wire.timeout_s:g} s", rank=transfer.peer) from error
-            transfer.content.copy_(arrived)
+                if over:
+                    raise PeerLostError(f"nothing moved for {self._wire.timeout_s:g} s", rank=transfer.peer) from error
 
     def close(self, *, failed: bool = False, linger_s: float = 0.0) -> None:
         self.closed = "failed" if failed else "in peace"

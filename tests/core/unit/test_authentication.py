@@ -387,6 +387,7 @@ def _exchange(
             ended[rank] = exchange.run(Offer(save, arena, lambda: digest_of(bytes(arena.mapped.view), STRONG)), inbox)
         except Exception as error:  # noqa: BLE001 - the test looks at it
             ended[rank] = error
+            wire.hung_up.add(rank)  # as who closes the connection
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
