@@ -52,9 +52,8 @@ demo: $(VENV)/.base
 test: $(VENV)/.test
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-# One by one: of tests that take minutes no worker is to hold several while the other has none.
 test-full: $(VENV)/.test
-	$(PYTEST) --maxschedchunk 1 -m "long and not slurm and not exhaustive" $(PYTEST_ARGS)
+	$(PYTEST) -m "long and not slurm and not exhaustive" $(PYTEST_ARGS)
 
 # Every fault at every call, and more than 50,000 hostile inputs: some three hours on two cores.
 test-exhaustive: $(VENV)/.test

@@ -51,17 +51,6 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules in the order of their longest bound: whoever begins a test of minutes last leaves other workers idle."""
-    longest: dict[Path, float] = {}
-    for item in items:
-        marker = item.get_closest_marker("timeout")
-        bound_s = float(marker.args[0]) if marker is not None and marker.args else 0.0
-        longest[item.path] = max(longest.get(item.path, 0.0), bound_s)
-    items.sort(key=lambda item: -longest[item.path])
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How much was tried: the sums of what tests recorded under `record_property("tried: …", number)`."""
     sums: Counter[str] = Counter()
