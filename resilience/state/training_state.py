@@ -8,14 +8,13 @@ RNG comes last both ways: what another object's `state_dict` or `load_state_dict
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from resilience.errors import ConfigError
+from resilience.runtime.garbage import no_garbage_collection
 from resilience.state import rng
 from resilience.state.dataloader import LoaderCursor
 from resilience.state.distributed_state import DistributedOptimizerState
@@ -86,7 +85,7 @@ class TrainingState:
 
         `parts` says which of `PARTS` to take. Raises UnsupportedStateError for what cannot be stored.
         """
-        with torch.no_grad(), _no_garbage_collection():
+        with torch.no_grad(), no_garbage_collection():
             tree = self.tree(parts)
             for position, entries in enumerate(tree.get("model", ())):
                 tree["model"][position] = self._kept.take(f"model/{position}", entries, 2)
@@ -240,19 +239,6 @@ class TrainingState:
             prefix = f"{model.position}." if len(self.models) > 1 else ""  # chunks count their layers alike
             names.update((id(parameter), prefix + name) for name, parameter in model.parameters())
         return names
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Keep the collector from walking the whole process because a few ten thousand small objects are being made: for
-    20,000 tensors that took longer than all the rest."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _listed(given: Any) -> Sequence[Any]:

@@ -15,6 +15,7 @@ from typing import Final
 from resilience.drill.simulator.cluster import Outcome, execute
 from resilience.drill.simulator.history import FaultKind, History, draw_history
 from resilience.drill.simulator.shrink import shrink
+from resilience.runtime.garbage import no_garbage_collection
 
 __all__ = ["Broken", "Tally", "explain_failure", "fuzz", "run_seed"]
 
@@ -107,16 +108,13 @@ def _run_seeds(seeds: range, ends_at: float, focus: Sequence[FaultKind]) -> Tall
 def _collected_in_between() -> Iterator[Callable[[], object]]:
     """Garbage is collected when the function that is yielded is called, and only what was made since: among the few
     hundred thousand objects of torch the collector spent an eighth of the histories' time."""
-    was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
-    gc.disable()
     try:
-        yield gc.collect
+        with no_garbage_collection():
+            yield gc.collect
     finally:
         gc.unfreeze()
-        if was_enabled:
-            gc.enable()
 
 
 def _import_all() -> None:
