@@ -30,12 +30,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamp is written last, so an install that was interrupted is done again.
-$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.base: pyproject.toml constraints.txt resilience/snapshot/streaming.c | $(BIN)/python
 	@echo "installing into $(VENV), once; torch is large"
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.test: pyproject.toml constraints.txt resilience/snapshot/streaming.c | $(BIN)/python
 	@echo "installing into $(VENV), once; torch is large"
 	$(PIP) -e ".[test]"
 	@touch $@ $(VENV)/.base

@@ -18,6 +18,7 @@ from resilience.planning.site import Finding, JobScript, Level, judge_site, pars
 from resilience.planning.topology import Topology
 from resilience.runtime.memory import available_bytes
 from resilience.runtime.site import site_facts
+from resilience.snapshot.streaming import STREAMING
 from resilience.stores.authentication import key_of
 from resilience.stores.discovery import find_sources
 from resilience.stores.filesystem import FileSystem, PosixFileSystem
@@ -106,6 +107,7 @@ class _Doctor:
         self._name()
         self._secret()
         self._save_directory()
+        self._copies()
         if not self.on_nodes:
             return None
         topology = self._redundancy()
@@ -153,6 +155,11 @@ class _Doctor:
             key_of(self.resiliency.secret_env, os.environ)
         except ConfigError as error:
             self._say("warning", str(error).removesuffix(error.advice).rstrip(), error.advice)
+
+    def _copies(self) -> None:
+        if STREAMING.around is None:
+            what = f"Tensors in host memory are copied with memcpy, which takes half as long again: {STREAMING.why}."
+            self._say("info", what, "Install a C compiler, and then this package anew.")
 
     def _save_directory(self) -> None:
         if self.checkpoint.save is None:

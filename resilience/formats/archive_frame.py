@@ -19,6 +19,8 @@ from typing import Any, Final
 
 import torch
 
+from resilience.state.tensors import memory_of
+
 __all__ = ["framed", "lying_in", "remember"]
 
 _KEPT: Final = 1024  # frames, of some 1.5 kB each
@@ -46,7 +48,7 @@ def framed(tensor: torch.Tensor) -> list[memoryview] | None:
     frame = _FRAMES.of(tensor)
     if frame is None:
         return None
-    content = tensor.reshape(-1).view(torch.uint8).numpy().data
+    content = memory_of(tensor)
     checksum = struct.pack("<I", _crc32()(content))
     tail = bytearray(frame.tail)
     for at in frame.crc_at:

@@ -25,7 +25,7 @@ from resilience.formats.convert_parts import rows_of
 from resilience.formats.convert_source import PART_BYTES, StoredTensors
 from resilience.formats.keys import stored_key
 from resilience.formats.protocol import StoredTensor
-from resilience.state.tensors import byte_view, dtype_name
+from resilience.state.tensors import dtype_name, memory_of
 from resilience.stores.filesystem import FileSystem
 
 __all__ = ["write_safetensors"]
@@ -139,4 +139,4 @@ def _bytes_of(path: str, tensors: StoredTensors) -> Iterator[memoryview]:
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
-    return byte_view(tensor).numpy().data
+    return memory_of(tensor)

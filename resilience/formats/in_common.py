@@ -15,7 +15,7 @@ import xxhash
 from resilience.errors import SaveFailedError
 from resilience.replication.communicator import Agreements
 from resilience.snapshot.layout import Piece
-from resilience.state.tensors import byte_view
+from resilience.state.tensors import memory_of
 from resilience.stores.shard_file import SavedPiece
 
 __all__ = ["check_in_common", "place_sum", "sum_of"]
@@ -53,7 +53,7 @@ def check_in_common(pieces: Iterable[tuple[Piece, torch.Tensor]], group_number: 
 
 def place_sum(piece: Piece | SavedPiece, tensor: torch.Tensor) -> int:
     """The piece's share of the sum over its item, modulo 2^64."""
-    content = byte_view(tensor).numpy()
+    content = np.frombuffer(memory_of(tensor), np.uint8)
     row_bytes = content.nbytes // max(1, piece.shape[0]) if piece.shape else content.nbytes
     before = row_bytes * (piece.offsets[0] - piece.rows[0]) if piece.rows else 0
     words = content.view(np.uint64) if row_bytes % 8 == 0 else content

@@ -15,7 +15,7 @@ from resilience.errors import SaveFailedError
 from resilience.formats.protocol import Chunk
 from resilience.replication.communicator import Agreements
 from resilience.state.sharding import may_be_cut
-from resilience.state.tensors import byte_view
+from resilience.state.tensors import memory_of
 
 __all__ = ["Claims", "claim_of", "may_join", "once", "place_of"]
 
@@ -143,7 +143,7 @@ def _told(chunk: Chunk) -> tuple[int, int, int, int]:
 
 def _content(chunk: Chunk) -> int:
     digest = xxhash.xxh3_128(f"{chunk.tensor.dtype} {tuple(chunk.tensor.shape)}".encode())
-    digest.update(byte_view(chunk.tensor).numpy().data)
+    digest.update(memory_of(chunk.tensor))
     return int.from_bytes(digest.digest()[:8], "little")
 
 

@@ -14,9 +14,11 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from resilience.errors import CorruptCopyError
 from resilience.formats.archive_frame import framed, lying_in, remember
+from resilience.state.tensors import memory_of
 
 __all__ = ["aligned", "archive_of", "archive_of_one", "as_own_storage", "read_archive", "saved_bytes", "tensor_in"]
 
@@ -40,8 +42,7 @@ def as_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if dense.numel() == 0:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
-    content = dense.reshape(-1).view(torch.uint8).numpy().data
-    own = torch.frombuffer(content, dtype=torch.uint8)
+    own = from_dlpack(dense.reshape(-1).view(torch.uint8))
     return own.view(tensor.dtype).view(tensor.shape)
 
 
@@ -171,9 +172,7 @@ class _Pieces:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self.pieces: list[memoryview] = []
-        self._known = {
-            tensor.data_ptr(): tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors if tensor.numel()
-        }
+        self._known = {tensor.data_ptr(): memory_of(tensor) for tensor in tensors if tensor.numel()}
 
     def write(self, content: memoryview) -> int:
         address = np.frombuffer(content, np.uint8).ctypes.data if len(content) else 0

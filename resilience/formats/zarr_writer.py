@@ -47,7 +47,7 @@ from resilience.formats.zarr_metadata import (
 from resilience.formats.zarr_names import SPILL, object_file
 from resilience.formats.zarr_plan import Planned, plan_grids
 from resilience.replication.communicator import Agreements
-from resilience.state.tensors import byte_view
+from resilience.state.tensors import memory_of
 from resilience.stores.filesystem import TEMPORARY_PREFIX, FileSystem
 
 __all__ = ["write_checkpoint"]
@@ -270,7 +270,7 @@ def _spill_file(rank: int) -> str:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return byte_view(tensor).numpy().data
+    return memory_of(tensor)
 
 
 def _into(tensor: torch.Tensor, starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """The copy: live tensors into arenas, now or while training goes on, and who waits for what of it.
 
-On the host the training thread copies plain blocks with memcpy, which is quickest, and all else with one
-`torch._foreach_copy_` over cached views, which takes mixed dtypes and strides. A lane does all with the latter: it
-gives up the interpreter lock once, where a Python loop over thousands of tensors takes orders of magnitude longer
-against a busy interpreter. What lies on an accelerator crosses on a stream of its own.
+On the host plain blocks are copied as memory, which is quickest, and all else with one call of torch's over cached
+views, which takes mixed dtypes and strides. Either gives up the interpreter lock once: a Python loop over thousands of
+tensors takes orders of magnitude longer against a busy interpreter. What lies on an accelerator crosses on a stream of
+its own.
 
 An *eager* copy is over when `start` returns. An *overlapped* one copies at the boundary what the next forward and
 backward may change (all that is not told apart as `later`), and the rest in a lane; `Copy.join`, called before anything
@@ -25,10 +25,11 @@ from resilience.runtime.threads import SYSTEM_THREADS, Threads
 from resilience.runtime.worker import Lane
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.device import CrossingPlan, SideStreams, plan_crossing
-from resilience.snapshot.layout import Layout
-from resilience.snapshot.memory_copy import copy_blocks, is_block
+from resilience.snapshot.layout import Layout, Piece
+from resilience.snapshot.memory_copy import copy_blocks, copy_others, is_block, lanes_copy_blocks
 from resilience.snapshot.page_lock import page_lock
 from resilience.snapshot.sources import Cut
+from resilience.snapshot.streaming import Addresses, addresses
 from resilience.stores.pages import always
 
 __all__ = ["DONE", "Copy", "Copying", "Pair", "Part", "Witness"]
@@ -151,6 +152,21 @@ DONE = Copy()
 
 
 @dataclass
+class _Host:
+    """What is copied on the host, by the positions of the pieces."""
+
+    blocks: list[int] = field(default_factory=list)
+    starts: Addresses = field(default_factory=lambda: addresses([]))  # where in the file each block is to lie
+    sizes: Addresses = field(default_factory=lambda: addresses([]))
+    others: list[int] = field(default_factory=list)
+
+    def place(self, part: Part) -> None:
+        """Once all positions are there."""
+        self.starts = addresses(part.layout.placed[position].start for position in self.blocks)
+        self.sizes = addresses(part.sources[position].nbytes for position in self.blocks)
+
+
+@dataclass
 class _Plan:
     """How the pieces of one part are copied: which where, and when."""
 
@@ -158,11 +174,8 @@ class _Plan:
     kind: object  # of the sources
     later: Collection[str]
     deferred: list[int] = field(default_factory=list)  # positions of those that are copied later
-    blocks_now: list[int] = field(default_factory=list)  # that memcpy takes; where in the file each begins, its bytes
-    block_starts: list[int] = field(default_factory=list)
-    block_sizes: list[int] = field(default_factory=list)
-    host_now: list[int] = field(default_factory=list)
-    host_later: list[int] = field(default_factory=list)
+    host_now: _Host = field(default_factory=_Host)
+    host_later: _Host = field(default_factory=_Host)
     device_now: dict[torch.device, CrossingPlan] = field(default_factory=dict)
     device_later: dict[torch.device, CrossingPlan] = field(default_factory=dict)
 
@@ -195,7 +208,7 @@ class Copying:
                     with self._streams.on(device):
                         room = self._streams.room(device)
                         _cross(device, parts, [plan.device_now for plan in plans], pairs, room)
-            _copy_here(parts, plans, pairs)
+            _copy_host(parts, [plan.host_now for plan in plans], pairs)
         finally:
             self._arrive(devices)
         seal()
@@ -222,7 +235,7 @@ class Copying:
         with _room_on_device():
             for device in _devices([plan.device_now for plan in plans], pairs_now):  # in the order of training's stream
                 _cross(device, parts, [plan.device_now for plan in plans], pairs_now)
-        _copy_here(parts, plans, pairs_now)
+        _copy_host(parts, [plan.host_now for plan in plans], pairs_now)
         devices = self._begin(parts, plans, (*pairs_now, *pairs_later))
         copy = Copy(self._threads)
 
@@ -286,7 +299,7 @@ class Copying:
                 room = self._streams.room(device)
                 _cross(device, parts, [plan.device_later for plan in plans], pairs, room)
         events = [(device, self._streams.mark(device)) for device in devices]
-        _copy_host(parts, [plan.host_later for plan in plans], pairs)
+        _copy_host(parts, [plan.host_later for plan in plans], pairs, in_lane=True)
         copy.hand_over(events)
         for _, event in events:
             event.synchronize()
@@ -323,16 +336,15 @@ class Copying:
         for position, (source, placed) in enumerate(zip(part.sources, part.layout.placed, strict=True)):
             deferred = placed.piece.key in later
             plan.deferred += [position] if deferred else []
+            host = plan.host_later if deferred else plan.host_now
             if source.is_cuda:
                 (then if deferred else now).setdefault(source.device, []).append(position)
-            elif deferred:
-                plan.host_later.append(position)
-            elif is_block(source) and (source.dtype, source.nbytes) == (placed.piece.dtype, placed.piece.nbytes):
-                plan.blocks_now.append(position)
-                plan.block_starts.append(placed.start)
-                plan.block_sizes.append(source.nbytes)
+            elif _is_plain(source, placed.piece) and (not deferred or lanes_copy_blocks()):
+                host.blocks.append(position)
             else:
-                plan.host_now.append(position)
+                host.others.append(position)
+        plan.host_now.place(part)
+        plan.host_later.place(part)
         plan.device_now = {device: plan_crossing(part.layout, part.sources, them) for device, them in now.items()}
         plan.device_later = {device: plan_crossing(part.layout, part.sources, them) for device, them in then.items()}
         self._plans[id(part.layout)] = plan
@@ -354,31 +366,26 @@ def _devices(plans: Sequence[Mapping[torch.device, CrossingPlan]], pairs: Sequen
     return sorted(found, key=str)
 
 
-def _copy_here(parts: Sequence[Part], plans: Sequence[_Plan], pairs: Sequence[Pair]) -> None:
-    """What lies on the host and is copied now, on the training thread."""
-    for part, plan in zip(parts, plans, strict=True):
-        if plan.blocks_now:
-            origin, sources = part.arena.content.data_ptr(), part.sources
-            targets = [origin + start for start in plan.block_starts]
-            copy_blocks(targets, [sources[position] for position in plan.blocks_now], plan.block_sizes)
-    _copy_host(parts, [plan.host_now for plan in plans], pairs)
+def _is_plain(source: torch.Tensor, piece: Piece) -> bool:
+    """Whether the source's bytes are what is to be stored of it."""
+    return is_block(source) and (source.dtype, source.nbytes) == (piece.dtype, piece.nbytes)
 
 
-@torch.no_grad()
-def _copy_host(parts: Sequence[Part], chosen: Sequence[list[int]], pairs: Sequence[Pair]) -> None:
-    """All that lies on the host, in one call."""
+def _copy_host(parts: Sequence[Part], chosen: Sequence[_Host], pairs: Sequence[Pair], *, in_lane: bool = False) -> None:
+    """All that lies on the host. SaveFailedError where something has no memory any more."""
     targets = [target for target, source in pairs if not source.is_cuda]
     sources = [source for _, source in pairs if not source.is_cuda]
-    for part, positions in zip(parts, chosen, strict=True):
-        views = part.arena.views
-        if len(positions) == len(views):
-            targets += views
-            sources += part.sources
-        else:
-            targets += [views[position] for position in positions]
-            sources += [part.sources[position] for position in positions]
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    for part, host in zip(parts, chosen, strict=True):
+        if host.blocks:
+            into = host.starts + addresses([part.arena.content.data_ptr()])
+            copy_blocks(into, _at(host.blocks, part.sources), host.sizes, in_lane=in_lane)
+        targets += _at(host.others, part.arena.views)
+        sources += _at(host.others, part.sources)
+    copy_others(targets, sources)
+
+
+def _at(positions: Sequence[int], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return tensors if len(positions) == len(tensors) else [tensors[position] for position in positions]
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ import xxhash
 
 from resilience.planning.typed_json import from_json
 from resilience.replication.communicator import Agreements
+from resilience.snapshot.memory_copy import check_memory
 from resilience.state.items import Item
+from resilience.state.tensors import memory_of
 
 __all__ = ["Across", "RotatingShare", "Sample", "agree_across", "agree_shared", "hash_tensor"]
 
@@ -163,12 +165,17 @@ def _structure(item: Item) -> str:
 
 
 def hash_tensor(tensor: torch.Tensor) -> int:
-    """63 bits of xxh3-128 over the elements in order, through a buffer of bounded size."""
+    """63 bits of xxh3-128 over the elements in order, through a buffer of bounded size.
+
+    SaveFailedError where a tensor on the host has no memory.
+    """
+    if tensor.device.type == "cpu":
+        check_memory(tensor)
     hasher = xxhash.xxh3_128()
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else None
     if flat is not None and flat.device.type == "cpu":
         if flat.numel():
-            hasher.update(flat.view(torch.uint8).numpy().data)
+            hasher.update(memory_of(flat))
         return _fold(hasher.digest())
     rows = tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
     step = max(1, _BUFFER_BYTES // max(1, rows[:1].numel() * rows.element_size())) if rows.numel() else 1

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 import torch
 
+from resilience.errors import SaveFailedError
 from resilience.snapshot.equality import hash_tensor
 from resilience.snapshot.memory_copy import is_block, read_block
 
@@ -118,8 +119,16 @@ class Strict:
         return self._compare([self._observed.view(number) for number in range(len(self._seen))])
 
     def _compare(self, tensors: Sequence[torch.Tensor]) -> str:
-        changed = [number for number, each in enumerate(tensors) if hash_tensor(each) != self._seen[number]]
+        changed = [number for number, each in enumerate(tensors) if _hash_now(each) != self._seen[number]]
         return _said(self._observed.name(changed[0]), len(changed)) if changed else ""
+
+
+def _hash_now(tensor: torch.Tensor) -> int | None:
+    """None if it lost its memory: that is a change like another, and no error of whoever asks."""
+    try:
+        return hash_tensor(tensor)
+    except SaveFailedError:
+        return None
 
 
 def _counts(sources: Sequence[torch.Tensor]) -> list[int]:

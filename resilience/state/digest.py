@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from resilience.state.items import Collected
-from resilience.state.tensors import byte_view, dtype_name
+from resilience.state.tensors import dtype_name, memory_of
 
 
 def state_digest(collected: Collected) -> str:
@@ -23,7 +23,7 @@ def state_digest(collected: Collected) -> str:
         shape = tuple(item.tensor.shape)
         head = [item.key, dtype_name(item.tensor.dtype), item.global_shape, item.offsets, shape]
         digest.update(json.dumps(head).encode())
-        digest.update(byte_view(item.tensor).numpy().data)
+        digest.update(memory_of(item.tensor))
     digest.update(_ordered(json.loads(collected.values)))
     return f"xxh3-128:{digest.hexdigest()}"
 

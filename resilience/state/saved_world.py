@@ -15,7 +15,7 @@ import xxhash
 from resilience.errors import CorruptCopyError
 from resilience.state.parallel_layout import ParallelLayout
 from resilience.state.strict_json import json_of
-from resilience.state.tensors import byte_view, dtype_name
+from resilience.state.tensors import dtype_name, memory_of
 
 __all__ = [
     "OwnState",
@@ -163,5 +163,5 @@ def key_of(ref: Mapping[str, Any]) -> str:
 def fingerprint(tensor: torch.Tensor) -> str:
     """Of dtype, shape and bytes."""
     digest = xxhash.xxh3_128(f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}".encode())
-    digest.update(byte_view(tensor).numpy().data)
+    digest.update(memory_of(tensor))
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from resilience.errors import CorruptCopyError, UnsupportedStateError
@@ -148,3 +149,11 @@ def placements_of(names: tuple[str, ...]) -> tuple[Any, ...]:
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:
     """All bytes of a plain tensor as a one-dimensional uint8 tensor on the CPU, in C order; copies only if it must."""
     return plain(tensor).cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of `byte_view`, to be read.
+
+    Not by `Tensor.numpy`, after which torch refuses for good to resize the tensor's storage: training may want to.
+    """
+    return np.from_dlpack(byte_view(tensor)).data

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from resilience import cli_doctor
+from resilience.snapshot.streaming import Streaming
 from tests.cli.stores import World, ask, ask_json
 from tests.stores.test_shared_store import owned
 
@@ -146,3 +148,14 @@ def test_a_secret_that_is_not_in_this_environment_is_a_warning(
     assert document["ok"]
     assert ("JOB_SECRET" in told(document, "warning")) == bool(words)
     assert words in told(document, "warning")
+
+
+def test_copies_that_are_slower_than_they_could_be_are_told(
+    capsys: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_doctor, "STREAMING", Streaming(None, why="no compiler was found"))
+    document = ask_json(capsys, *config())
+    assert document["ok"]
+    assert "takes half as long again: no compiler was found" in told(document, "info")
+    monkeypatch.setattr(cli_doctor, "STREAMING", Streaming(lambda *_: None))
+    assert "memcpy" not in told(ask_json(capsys, *config()), "info")

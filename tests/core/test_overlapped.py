@@ -25,10 +25,10 @@ def late(training: Training, late_s: float = LATE_S) -> None:
     overlap._SMALL_BYTES = 1  # type: ignore[misc]
     copy = copying._copy_host
 
-    def slowly(*given: Any) -> None:
+    def slowly(*given: Any, **named: Any) -> None:
         if threading.current_thread().name == "resilience-copy":
             time.sleep(late_s)
-        copy(*given)
+        copy(*given, **named)
 
     copying._copy_host = slowly
 

@@ -1,4 +1,4 @@
-"""Copies by memcpy: which tensors they are for, and that they copy what torch would."""
+"""Copies of blocks of memory: which tensors they are for, and that they copy what torch would, by whatever means."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import ctypes
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from resilience.errors import SaveFailedError
+from resilience.errors import SaveFailedError, UnsupportedStateError
 from resilience.snapshot import memory_copy
-from resilience.snapshot.memory_copy import copy_blocks, is_block, read_block
+from resilience.snapshot.memory_copy import copy_blocks, is_block, load_tensors, read_block
+from resilience.snapshot.streaming import STREAMING, Addresses, Streaming, addresses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
@@ -44,36 +45,109 @@ def test_only_plain_blocks_of_the_hosts_memory_are_blocks(tensor: torch.Tensor, 
     assert is_block(tensor) is expected
 
 
+@pytest.fixture(params=["around the cache", "through it", "one by one"])
+def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How blocks are copied: all of them in one call, of either kind, however many bytes they are; or one by one."""
+    alone = request.param == "one by one"
+    if not alone and STREAMING.around is None:
+        pytest.skip(STREAMING.why)
+    monkeypatch.setattr(memory_copy, "STREAMING", Streaming(None) if alone else STREAMING)
+    monkeypatch.setattr(memory_copy, "_STREAMED_BYTES", 1 << 40 if request.param == "through it" else 0)
+    return str(request.param)
+
+
+def pointers(tensors: list[torch.Tensor]) -> Addresses:
+    return addresses(each.data_ptr() for each in tensors)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(1, 400)), min_size=1, max_size=20), st.integers(1, 2000))
-def test_blocks_arrive_as_they_are_large_and_small(shapes: list[tuple[torch.dtype, int]], large: int) -> None:
+def test_blocks_arrive_as_they_are_large_and_small(
+    means: str, shapes: list[tuple[torch.dtype, int]], large: int
+) -> None:
     sources = [(torch.rand(count) * 100).to(dtype) for dtype, count in shapes]
     targets = [torch.zeros_like(source) for source in sources]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_copy, "_LARGE_BYTES", large)
-        copy_blocks([each.data_ptr() for each in targets], sources, [each.nbytes for each in sources])
+        copy_blocks(pointers(targets), sources, addresses(each.nbytes for each in sources))
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source.view(torch.uint8), target.view(torch.uint8))
 
 
-def test_memory_that_was_given_back_fails_the_save_before_anything_is_copied() -> None:
+def test_memory_that_was_given_back_fails_the_save_before_anything_is_copied(means: str) -> None:
     gone = torch.ones(8)
     gone.untyped_storage().resize_(0)
     target = torch.zeros(16)
-    addresses = [target.data_ptr(), target.data_ptr() + 32]
+    into = addresses([target.data_ptr(), target.data_ptr() + 32])
     with pytest.raises(SaveFailedError, match="no memory"):
-        copy_blocks(addresses, [torch.ones(8), gone], [32, 32])
+        copy_blocks(into, [torch.ones(8), gone], addresses([32, 32]))
     assert not target.any()
 
 
-def test_memory_that_was_had_anew_is_found_where_it_is_now() -> None:
+def test_memory_that_was_had_anew_is_found_where_it_is_now(means: str) -> None:
     source, target = torch.ones(8), torch.zeros(8)
     storage = source.untyped_storage()
     kept = source.detach()
     storage.resize_(0)
     storage.resize_(1 << 20)
     ctypes.memset(storage.data_ptr(), 1, 32)
-    copy_blocks([target.data_ptr()], [kept], [32])
+    copy_blocks(pointers([target]), [kept], addresses([32]))
     assert target.view(torch.uint8).eq(1).all()
+
+
+def test_tensors_of_all_kinds_are_copied_as_torch_does(means: str) -> None:
+    def make() -> list[torch.Tensor]:
+        return [
+            torch.zeros(3000, 7),
+            torch.zeros(40, 30).t(),
+            torch.zeros(50, dtype=torch.bfloat16),  # from float32
+            nn.Parameter(torch.zeros(2000)),
+            torch.zeros(64, 64)[8:40],
+            torch.zeros(64, 64)[:, 8:40],
+            torch.zeros(()),
+            torch.zeros(0, 4),
+            torch.zeros(5000, dtype=torch.complex64),
+        ]
+
+    torch.manual_seed(1)
+    sources = [torch.randn(each.shape, dtype=torch.float32) * 100 for each in make()[:-1]]
+    sources.append(torch.randn(5000, dtype=torch.complex64).conj())
+    ours, torchs = make(), make()
+    load_tensors(ours, sources)
+    with torch.no_grad():
+        for target, source in zip(torchs, sources, strict=True):
+            target.copy_(source)
+    for one, other in zip(ours, torchs, strict=True):
+        assert torch.equal(one.detach(), other.detach())
+        whole, of_torch = (each.untyped_storage().nbytes() for each in (one, other))
+        assert bytes(one.untyped_storage())[:whole] == bytes(other.untyped_storage())[:of_torch], "and nothing else"
+
+
+def test_no_tensors_are_loaded_without_a_word(means: str) -> None:
+    load_tensors([], [])
+
+
+@pytest.mark.parametrize("gone", [torch.zeros(4096), torch.zeros(64, 64).t()], ids=["a block", "strided"])
+def test_a_tensor_without_memory_is_refused_before_anything_is_loaded(means: str, gone: torch.Tensor) -> None:
+    gone.untyped_storage().resize_(0)
+    other = torch.zeros(10)
+    for targets, sources in (
+        ([other, gone], [torch.ones(10), torch.ones(gone.shape)]),
+        ([other, torch.zeros(gone.shape)], [torch.ones(10), gone]),
+    ):
+        with pytest.raises(UnsupportedStateError, match="no memory"):
+            load_tensors(targets, sources)
+        assert not other.any()
+
+
+def test_what_a_lane_copies_goes_around_the_cache_however_little_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    if STREAMING.around is None:
+        pytest.skip(STREAMING.why)
+    monkeypatch.setattr(memory_copy, "STREAMING", STREAMING._replace(through=None))
+    monkeypatch.setattr(memory_copy, "_copy_small", None)
+    source, target = torch.randn(100), torch.zeros(100)
+    copy_blocks(pointers([target]), [source], addresses([400]), in_lane=True)
+    assert torch.equal(source, target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from resilience import TrainingState
-from resilience.errors import ConfigError
+from resilience.errors import ConfigError, SaveFailedError
 from resilience.runtime.worker import Lane
 from resilience.snapshot import copying as copying_module
 from resilience.snapshot import overlap as overlap_module
 from resilience.snapshot import witness as witness_module
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.copying import Copy, Copying, Part
-from resilience.snapshot.equality import RotatingShare, Sample
-from resilience.snapshot.layout import Layout, plan_layout
+from resilience.snapshot.equality import RotatingShare, Sample, hash_tensor
+from resilience.snapshot.layout import Layout, Piece, plan_layout
 from resilience.snapshot.overlap import Overlap
 from resilience.snapshot.pieces import pieces_of
-from resilience.snapshot.sources import Sources
+from resilience.snapshot.sources import Cut, Sources
 from resilience.snapshot.witness import Strict
+from resilience.state.tensors import memory_of
 from tests.core.shards import FS
 
 COPYING = "resilience-copying"
@@ -138,17 +139,17 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 def late(monkeypatch: pytest.MonkeyPatch, rigs: list[Rig]) -> None:
     copy = copying_module._copy_host
 
-    def slowly(*given: Any) -> None:
+    def slowly(*given: Any, **named: Any) -> None:
         if threading.current_thread().name == COPYING:
             time.sleep(rigs[-1].delay_s)
-        copy(*given)
+        copy(*given, **named)
 
     monkeypatch.setattr(copying_module, "_copy_host", slowly)
     monkeypatch.setattr(overlap_module, "_SMALL_BYTES", 1000)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return memory_of(tensor).tobytes()
 
 
 def held_by(arena: Arena) -> dict[str, bytes]:
@@ -391,6 +392,45 @@ def test_an_error_of_the_copy_is_that_save_s_and_the_next_one_goes_on(
     assert copy.wait() == ""
     assert held_by(arena) == truth
     assert slow.overlap.works
+
+
+@pytest.mark.parametrize("whose", [lambda net: net.one.weight, lambda net: net.turned], ids=["a block", "strided"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_memory_that_is_given_back_while_it_is_copied_costs_that_save_and_no_process(
+    rig: Callable[..., Rig], strict: bool, whose: Callable[[Net], torch.Tensor]
+) -> None:
+    slow = rig(delay_s=0.2)
+    slow.net.turned = nn.Parameter(torch.randn(60, 40).t())
+    if not strict:
+        slow.snapshot()
+        slow.overlap.join()
+    copy, _, _ = slow.snapshot()
+    storage = whose(slow.net).untyped_storage()
+    kept, content = storage.nbytes(), bytes(storage)
+    storage.resize_(0)
+    slow.overlap.join()
+    assert "no memory" in copy.wait()
+    storage.resize_(kept)
+    storage.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage())
+    copy, arena, truth = slow.snapshot()
+    slow.overlap.join()
+    assert copy.wait() == ""
+    assert held_by(arena) == truth
+
+
+@pytest.mark.parametrize("tensor", [torch.randn(60, 40), torch.randn(40, 60).t()], ids=["a block", "strided"])
+def test_an_eager_copy_of_what_has_no_memory_is_an_error(tmp_path: Path, tensor: torch.Tensor) -> None:
+    layout = plan_layout([Piece("x", tensor.dtype, (60, 40), (0, 0), (60, 40), shared=False, item=0)], {}, 2, [0])
+    arena = Arena(FS.create_mapping(tmp_path / "arena", layout.nbytes))
+    arena.use(layout)
+    part = Part(arena, layout, Cut([tensor], object()))
+    Copying().start([part], (), lambda: None)
+    assert held_by(arena) == {"x": bytes_of(tensor)}
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(SaveFailedError, match="no memory"):
+        Copying().start([part], (), lambda: None)
+    with pytest.raises(SaveFailedError, match="no memory"):
+        hash_tensor(tensor)
 
 
 def test_an_end_in_the_middle_keeps_nobody_waiting(rig: Callable[..., Rig]) -> None:

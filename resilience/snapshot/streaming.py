@@ -1,0 +1,89 @@
+"""`streaming.c`, if it was compiled when the package was installed: many blocks copied around the processor's cache.
+
+It takes two thirds of the time of memcpy, and holds for thousands of small blocks what the C library does for large
+ones only (docs/decisions/streaming-copies.md). Nothing needs it: without a compiler the package installs all the same,
+and `memory_copy` copies block after block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["STREAMING", "Addresses", "Streaming", "addresses", "find_streaming"]
+
+#: Addresses, or numbers of bytes, one for each block.
+Addresses = npt.NDArray[np.uint64]
+
+
+def addresses(numbers: Iterable[int]) -> Addresses:
+    return np.fromiter(numbers, np.uint64)
+
+
+_Copy = Callable[[Addresses, Addresses, Addresses], None]
+_LARGE_BYTES: Final = 4096  # blocks below stay in the cache for whoever reads them next
+_NEVER: Final = 2**64 - 1
+
+
+class Streaming(NamedTuple):
+    """Two ways to copy many blocks in one call, given targets, origins and numbers of bytes: arrays of one length.
+
+    `around` the cache, without the interpreter lock; `through` it, with the lock held, since to get that back may take
+    longer than to copy a few megabytes. Both are None where there is no library, and `why` says why.
+    """
+
+    around: _Copy | None
+    through: _Copy | None = None
+    why: str = ""
+
+
+def find_streaming(folder: Path) -> Streaming:
+    """What was compiled into `folder`, once it has shown that it copies what it is given and touches nothing else."""
+    compiled = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_streaming{suffix}").exists()), None)
+    if compiled is None:
+        return Streaming(None, why="it was not compiled when this package was installed, for want of a C compiler")
+    try:
+        around = _bound(ctypes.CDLL(str(compiled)), _LARGE_BYTES)
+        through = _bound(ctypes.PyDLL(str(compiled)), _NEVER)
+    except (OSError, AttributeError) as error:  # of another machine, or of an older package
+        return Streaming(None, why=f"{compiled} cannot be used: {error}")
+    if not (_copies(around) and _copies(through)):
+        return Streaming(None, why=f"{compiled} does not copy what it is given")
+    return Streaming(around, through)
+
+
+def _bound(library: ctypes.CDLL, large: int) -> _Copy:
+    function = library.resilience_copy_blocks_1
+    function.argtypes = [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+    function.restype = None
+
+    def copy(targets: Addresses, origins: Addresses, sizes: Addresses) -> None:
+        if not len(targets) == len(origins) == len(sizes):
+            raise ValueError(f"{len(targets)} targets, {len(origins)} origins and {len(sizes)} sizes of blocks")
+        function(len(sizes), targets.ctypes.data, origins.ctypes.data, sizes.ctypes.data, large)
+
+    return copy
+
+
+def _copies(copy: _Copy) -> bool:
+    """Blocks of many lengths, at every place within a cache line, arrive whole, and what lies between them stays.
+
+    A digest is made of the arena, and so says nothing of how the bytes came there: whoever copies has to be right.
+    """
+    sizes = np.array([1, 63, 64, 4095, 4096, 4097, 4160, 9001, *range(8000, 8064)], dtype=np.uint64)
+    starts = np.arange(len(sizes), dtype=np.uint64) * np.uint64(16384 + 1)
+    source = np.arange(int(starts[-1]) + 16384, dtype=np.uint32).astype(np.uint8)
+    target, expected = np.full_like(source, 255), np.full_like(source, 255)
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        expected[start + 7 : start + 7 + size] = source[start : start + size]
+    copy(starts + np.uint64(target.ctypes.data + 7), starts + np.uint64(source.ctypes.data), sizes)
+    return bool(np.array_equal(target, expected))
+
+
+STREAMING: Final = find_streaming(Path(__file__).parent)
