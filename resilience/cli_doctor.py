@@ -157,7 +157,7 @@ class _Doctor:
             self._say("warning", str(error).removesuffix(error.advice).rstrip(), error.advice)
 
     def _copies(self) -> None:
-        if STREAMING.around is None:
+        if STREAMING.much is None:
             what = f"Tensors in host memory are copied with memcpy, which takes half as long again: {STREAMING.why}."
             self._say("info", what, "Install a C compiler, and then this package anew.")
 

@@ -1,8 +1,8 @@
 """Plain tensors on the host, copied as blocks of memory.
 
 torch copies a tensor with loads and stores. Many megabytes go around the processor's cache instead, in one call, where
-that was compiled (`streaming`): half the time. All else is the C library's memcpy, which takes whatever the processor
-is quickest at: four fifths (docs/performance.md). Neither knows what a tensor is: `is_block` says for which ones their
+that was compiled (`streaming`), in two thirds of the time. Else it is the C library's memcpy, which takes whatever the
+processor is quickest at (docs/performance.md). Neither knows what a tensor is: `is_block` says for which ones their
 bytes are all there is to copy.
 """
 
@@ -52,7 +52,7 @@ def is_block(tensor: torch.Tensor) -> bool:
 
 def lanes_copy_blocks() -> bool:
     """Whether blocks may be copied beside training: one after the other, each would wait for the interpreter lock."""
-    return STREAMING.around is not None
+    return STREAMING.much is not None
 
 
 def copy_blocks(
@@ -66,7 +66,7 @@ def copy_blocks(
     origins = addresses(map(torch.Tensor.data_ptr, sources))
     if not origins.all():
         raise SaveFailedError(_NO_MEMORY)
-    together = STREAMING.around if in_lane or sizes.sum() >= _STREAMED_BYTES else STREAMING.through
+    together = STREAMING.much if in_lane or sizes.sum() >= _STREAMED_BYTES else STREAMING.little
     if together is not None:
         together(targets, origins, sizes)
         return
@@ -95,7 +95,7 @@ def load_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor
     if _lack_memory([*targets, *sources]):
         raise UnsupportedStateError("a tensor that is to be loaded has no memory: its storage was given back.")
     others, blocks = list(range(len(targets))), list[int]()
-    if STREAMING.around is not None:
+    if STREAMING.much is not None:
         alike = [_are_blocks(target, source) for target, source in zip(targets, sources, strict=True)]
         blocks = [place for place in others if alike[place]]
         others = [place for place in others if not alike[place]]

@@ -8,38 +8,35 @@ and `memory_copy` copies block after block.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from resilience.snapshot.quicker import Addresses, CopyBlocks, Quicker
 
 __all__ = ["STREAMING", "Addresses", "Streaming", "addresses", "find_streaming"]
-
-#: Addresses, or numbers of bytes, one for each block.
-Addresses = npt.NDArray[np.uint64]
 
 
 def addresses(numbers: Iterable[int]) -> Addresses:
     return np.fromiter(numbers, np.uint64)
 
 
-_Copy = Callable[[Addresses, Addresses, Addresses], None]
 _LARGE_BYTES: Final = 4096  # blocks below stay in the cache for whoever reads them next
 _NEVER: Final = 2**64 - 1
 
 
 class Streaming(NamedTuple):
-    """Two ways to copy many blocks in one call, given targets, origins and numbers of bytes: arrays of one length.
+    """Two ways to copy any number of blocks in one call. Both are None where there is no library, and `why` says why.
 
-    `around` the cache, without the interpreter lock; `through` it, with the lock held, since to get that back may take
-    longer than to copy a few megabytes. Both are None where there is no library, and `why` says why.
+    `much`: many megabytes, without the interpreter lock, around the cache unless the processor is quicker through it.
+    `little`: through the cache, with the lock held, since to get that back may take longer than to copy a megabyte.
     """
 
-    around: _Copy | None
-    through: _Copy | None = None
+    much: CopyBlocks | None
+    little: CopyBlocks | None = None
     why: str = ""
 
 
@@ -50,15 +47,16 @@ def find_streaming(folder: Path) -> Streaming:
         return Streaming(None, why="it was not compiled when this package was installed, for want of a C compiler")
     try:
         around = _bound(ctypes.CDLL(str(compiled)), _LARGE_BYTES)
-        through = _bound(ctypes.PyDLL(str(compiled)), _NEVER)
+        through = _bound(ctypes.CDLL(str(compiled)), _NEVER)
+        little = _bound(ctypes.PyDLL(str(compiled)), _NEVER)
     except (OSError, AttributeError) as error:  # of another machine, or of an older package
         return Streaming(None, why=f"{compiled} cannot be used: {error}")
     if not (_copies(around) and _copies(through)):
         return Streaming(None, why=f"{compiled} does not copy what it is given")
-    return Streaming(around, through)
+    return Streaming(Quicker(around, through).copy, little)
 
 
-def _bound(library: ctypes.CDLL, large: int) -> _Copy:
+def _bound(library: ctypes.CDLL, large: int) -> CopyBlocks:
     function = library.resilience_copy_blocks_1
     function.argtypes = [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
     function.restype = None
@@ -71,7 +69,7 @@ def _bound(library: ctypes.CDLL, large: int) -> _Copy:
     return copy
 
 
-def _copies(copy: _Copy) -> bool:
+def _copies(copy: CopyBlocks) -> bool:
     """Blocks of many lengths, at every place within a cache line, arrive whole, and what lies between them stays.
 
     A digest is made of the arena, and so says nothing of how the bytes came there: whoever copies has to be right.

@@ -49,7 +49,7 @@ def test_only_plain_blocks_of_the_hosts_memory_are_blocks(tensor: torch.Tensor, 
 def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How blocks are copied: all of them in one call, of either kind, however many bytes they are; or one by one."""
     alone = request.param == "one by one"
-    if not alone and STREAMING.around is None:
+    if not alone and STREAMING.much is None:
         pytest.skip(STREAMING.why)
     monkeypatch.setattr(memory_copy, "STREAMING", Streaming(None) if alone else STREAMING)
     monkeypatch.setattr(memory_copy, "_STREAMED_BYTES", 1 << 40 if request.param == "through it" else 0)
@@ -141,9 +141,9 @@ def test_a_tensor_without_memory_is_refused_before_anything_is_loaded(means: str
 
 
 def test_what_a_lane_copies_goes_around_the_cache_however_little_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    if STREAMING.around is None:
+    if STREAMING.much is None:
         pytest.skip(STREAMING.why)
-    monkeypatch.setattr(memory_copy, "STREAMING", STREAMING._replace(through=None))
+    monkeypatch.setattr(memory_copy, "STREAMING", STREAMING._replace(little=None))
     monkeypatch.setattr(memory_copy, "_copy_small", None)
     source, target = torch.randn(100), torch.zeros(100)
     copy_blocks(pointers([target]), [source], addresses([400]), in_lane=True)

@@ -19,6 +19,7 @@ from resilience import TrainingState
 from resilience.errors import ConfigError, SaveFailedError
 from resilience.runtime.worker import Lane
 from resilience.snapshot import copying as copying_module
+from resilience.snapshot import memory_copy
 from resilience.snapshot import overlap as overlap_module
 from resilience.snapshot import witness as witness_module
 from resilience.snapshot.arena import Arena
@@ -28,6 +29,7 @@ from resilience.snapshot.layout import Layout, Piece, plan_layout
 from resilience.snapshot.overlap import Overlap
 from resilience.snapshot.pieces import pieces_of
 from resilience.snapshot.sources import Cut, Sources
+from resilience.snapshot.streaming import Streaming
 from resilience.snapshot.witness import Strict
 from resilience.state.tensors import memory_of
 from tests.core.shards import FS
@@ -165,13 +167,16 @@ ACTIONS = ("forward", "snapshot", "step", "other step", "move", "pause")
     actions=st.lists(st.sampled_from(ACTIONS), min_size=3, max_size=14),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     delay_ms=st.sampled_from([0, 0, 2, 10]),
+    compiled=st.booleans(),
 )
 def test_an_overlapped_snapshot_is_the_eager_one_whatever_comes_between(
-    tmp_path_factory: pytest.TempPathFactory, actions: list[str], optimizer: str, delay_ms: int
+    tmp_path_factory: pytest.TempPathFactory, actions: list[str], optimizer: str, delay_ms: int, compiled: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         rigs: list[Rig] = []
         late(patch, rigs)
+        if not compiled:
+            patch.setattr(memory_copy, "STREAMING", Streaming(None))
         rig = Rig(tmp_path_factory.mktemp("rig"), optimizer=optimizer, delay_s=delay_ms / 1000)
         rigs.append(rig)
         rig.forward_and_backward()
