@@ -24,6 +24,7 @@ from benchmarks.peers_env import peer_python
 from benchmarks.saves_chart import chart as saves_chart
 from benchmarks.series import Series
 from benchmarks.settings import FULL, QUICK, Settings
+from resilience.snapshot.streaming import STREAMING
 
 ALONE = ("--without-nvrx", "--without-peers")
 
@@ -60,6 +61,18 @@ def test_a_quick_run_measures_saves_with_real_ranks_and_keeps_every_sample(tmp_p
     assert document["settings"]["shard_bytes"] == QUICK.shard_bytes
     assert {"cores", "torch", "load_before"} <= document["machine"].keys()
     assert (tmp_path / "figures.txt").read_text().strip()
+
+
+def test_ways_to_copy_are_compared_in_one_run(repository: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.copies", "--mb", "2", "--processes", "2", "--rounds", "1"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert set(told) == {"96", "5000"}
+    compiled = {"through the cache", "around the cache"} if STREAMING.much is not None else set()
+    for ratios in told.values():
+        assert set(ratios) == {"one piece", "one piece, ms", "torch", "memcpy"} | compiled
+        assert all(ratio > 0 for ratio in ratios.values())
 
 
 @pytest.mark.long

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from math import sqrt
-from statistics import median
 from typing import Final
 
 import numpy as np
@@ -59,7 +58,8 @@ class Quicker:
         self._ratios.append(ratio)
         if len(self._ratios) >= _TRIALS:
             pairs = [sqrt(one * other) for one, other in zip(self._ratios[::2], self._ratios[1::2], strict=False)]
-            self._way = self._other if median(pairs) > _CLEARLY else self._usual
+            _, middle, _ = sorted(pairs)
+            self._way = self._other if middle > _CLEARLY else self._usual
             self.decided = True
 
 

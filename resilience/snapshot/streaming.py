@@ -17,7 +17,7 @@ import numpy as np
 
 from resilience.snapshot.quicker import Addresses, CopyBlocks, Quicker
 
-__all__ = ["STREAMING", "Addresses", "Streaming", "addresses", "find_streaming"]
+__all__ = ["STREAMING", "Addresses", "Streaming", "addresses", "find_streaming", "ways_of"]
 
 
 def addresses(numbers: Iterable[int]) -> Addresses:
@@ -46,14 +46,19 @@ def find_streaming(folder: Path) -> Streaming:
     if compiled is None:
         return Streaming(None, why="it was not compiled when this package was installed, for want of a C compiler")
     try:
-        around = _bound(ctypes.CDLL(str(compiled)), _LARGE_BYTES)
-        through = _bound(ctypes.CDLL(str(compiled)), _NEVER)
-        little = _bound(ctypes.PyDLL(str(compiled)), _NEVER)
+        ways = ways_of(compiled)
     except (OSError, AttributeError) as error:  # of another machine, or of an older package
         return Streaming(None, why=f"{compiled} cannot be used: {error}")
-    if not (_copies(around) and _copies(through)):
+    if not all(map(_copies, ways)):
         return Streaming(None, why=f"{compiled} does not copy what it is given")
+    around, through, little = ways
     return Streaming(Quicker(around, through).copy, little)
+
+
+def ways_of(library: Path) -> tuple[CopyBlocks, CopyBlocks, CopyBlocks]:
+    """Around the cache; through it; and through it with the interpreter lock held. OSError, AttributeError."""
+    free, held = ctypes.CDLL(str(library)), ctypes.PyDLL(str(library))
+    return _bound(free, _LARGE_BYTES), _bound(free, _NEVER), _bound(held, _NEVER)
 
 
 def _bound(library: ctypes.CDLL, large: int) -> CopyBlocks:
@@ -74,9 +79,10 @@ def _copies(copy: CopyBlocks) -> bool:
 
     A digest is made of the arena, and so says nothing of how the bytes came there: whoever copies has to be right.
     """
-    sizes = np.array([1, 63, 64, 4095, 4096, 4097, 4160, 9001, *range(8000, 8064)], dtype=np.uint64)
-    starts = np.arange(len(sizes), dtype=np.uint64) * np.uint64(16384 + 1)
-    source = np.arange(int(starts[-1]) + 16384, dtype=np.uint32).astype(np.uint8)
+    sizes = np.array([1, 63, 64, _LARGE_BYTES - 1, *range(_LARGE_BYTES, _LARGE_BYTES + 64)], dtype=np.uint64)
+    room = _LARGE_BYTES + 257  # one more than lines: each block begins a byte further in its own
+    starts = np.arange(len(sizes), dtype=np.uint64) * np.uint64(room)
+    source = np.resize(np.arange(251, dtype=np.uint8), len(sizes) * room)
     target, expected = np.full_like(source, 255), np.full_like(source, 255)
     for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
         expected[start + 7 : start + 7 + size] = source[start : start + size]
