@@ -33,7 +33,7 @@ from resilience.reports import Resume
 from resilience.restore_foreign import foreign_extra_state, foreign_rng
 from resilience.restore_optimizer import Adopted, adopt
 from resilience.restore_targets import converted, index_of, staging, stored_like
-from resilience.snapshot.memory_copy import load_tensors
+from resilience.snapshot.memory_copy import copy_tensors
 from resilience.state.items import Item, SavedItem, blocks_of
 from resilience.state.live_tensors import cut_as_placed
 from resilience.state.load_plan import LoadPlan
@@ -153,7 +153,7 @@ class Stager:
             with torch.no_grad():
                 pairs = zip((tensor for _, tensor in wanted.plan.targets), wanted.staged, strict=True)
                 staged = [(live, tensor) for live, tensor in pairs if live is not tensor]
-                load_tensors([live for live, _ in staged], [tensor for _, tensor in staged])
+                copy_tensors([live for live, _ in staged], [tensor for _, tensor in staged])
                 if self._bring is not None:
                     self._reader.read(wanted.targets)
                 wanted.plan.finish()

@@ -14,7 +14,7 @@ import torch
 
 from resilience.errors import CorruptCopyError
 from resilience.snapshot.arena import bytes_of, typed_view
-from resilience.snapshot.memory_copy import load_tensors
+from resilience.snapshot.memory_copy import copy_tensors
 from resilience.state.items import SavedItem
 from resilience.state.training_state import TrainingState
 from resilience.stores.digest import ALGORITHM, algorithm_of, digest_of
@@ -87,7 +87,7 @@ def plan_shard_load(state: TrainingState, shards: Mapping[int, OpenShard], rank:
 
     def copy() -> None:
         with torch.no_grad():
-            load_tensors(targets, sources)
+            copy_tensors(targets, sources)
             load.finish()
 
     return copy

@@ -17,7 +17,7 @@ import torch
 from resilience.errors import SaveFailedError, UnsupportedStateError
 from resilience.snapshot.streaming import STREAMING, Addresses, addresses
 
-__all__ = ["check_memory", "copy_blocks", "copy_others", "is_block", "lanes_copy_blocks", "load_tensors", "read_block"]
+__all__ = ["check_memory", "copy_blocks", "copy_others", "copy_tensors", "is_block", "lanes_copy_blocks", "read_block"]
 
 #: From how many bytes in all on they are copied around the cache: below, who hashes them next finds them in it.
 _STREAMED_BYTES: Final = 8 << 20
@@ -87,13 +87,13 @@ def copy_others(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
 
 
 @torch.no_grad()
-def load_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def copy_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy each source into its target, of the same shape, wherever it lies and whatever its dtype and strides.
 
     UnsupportedStateError, before anything is copied, where one has no memory.
     """
     if _lack_memory([*targets, *sources]):
-        raise UnsupportedStateError("a tensor that is to be loaded has no memory: its storage was given back.")
+        raise UnsupportedStateError("a tensor that is to be copied has no memory: its storage was given back.")
     others, blocks = list(range(len(targets))), list[int]()
     if STREAMING.much is not None:
         alike = [_are_blocks(target, source) for target, source in zip(targets, sources, strict=True)]

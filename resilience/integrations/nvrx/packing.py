@@ -17,6 +17,7 @@ from resilience.errors import CorruptCopyError, UnsupportedStateError
 from resilience.integrations.nvrx.trust import Trust
 from resilience.snapshot.arena import Arena, typed_view
 from resilience.snapshot.layout import Layout, Piece, ShardIdentity, plan_layout, values_capacity
+from resilience.snapshot.memory_copy import copy_tensors
 from resilience.stores.shard_file import ShardHeader, read_header
 
 __all__ = ["Packed", "Packer", "unpack"]
@@ -35,8 +36,7 @@ class Packed:
     def fill(self, arena: Arena, iteration: int, owner: int, world_size: int) -> None:
         """Copy all of it into `arena`, which has the layout's length; afterwards that is a whole shard."""
         arena.use(self.layout)
-        for placed, view in zip(self.layout.placed, arena.views, strict=True):
-            view.copy_(self.tensors[placed.piece.item].detach())
+        copy_tensors(arena.views, [self.tensors[placed.piece.item].detach() for placed in self.layout.placed])
         arena.write_values(self.rest)
         arena.seal(ShardIdentity("local", "", 0, iteration, owner, world_size, len(self.rest)))
 

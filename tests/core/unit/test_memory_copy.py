@@ -12,7 +12,7 @@ from torch import nn
 
 from resilience.errors import SaveFailedError, UnsupportedStateError
 from resilience.snapshot import memory_copy
-from resilience.snapshot.memory_copy import copy_blocks, is_block, load_tensors, read_block
+from resilience.snapshot.memory_copy import copy_blocks, copy_tensors, is_block, read_block
 from resilience.snapshot.streaming import STREAMING, Addresses, Streaming, addresses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -113,7 +113,7 @@ def test_tensors_of_all_kinds_are_copied_as_torch_does(means: str) -> None:
     sources = [torch.randn(each.shape, dtype=torch.float32) * 100 for each in make()[:-1]]
     sources.append(torch.randn(5000, dtype=torch.complex64).conj())
     ours, torchs = make(), make()
-    load_tensors(ours, sources)
+    copy_tensors(ours, sources)
     with torch.no_grad():
         for target, source in zip(torchs, sources, strict=True):
             target.copy_(source)
@@ -124,7 +124,7 @@ def test_tensors_of_all_kinds_are_copied_as_torch_does(means: str) -> None:
 
 
 def test_no_tensors_are_loaded_without_a_word(means: str) -> None:
-    load_tensors([], [])
+    copy_tensors([], [])
 
 
 @pytest.mark.parametrize("gone", [torch.zeros(4096), torch.zeros(64, 64).t()], ids=["a block", "strided"])
@@ -136,7 +136,7 @@ def test_a_tensor_without_memory_is_refused_before_anything_is_loaded(means: str
         ([other, torch.zeros(gone.shape)], [torch.ones(10), gone]),
     ):
         with pytest.raises(UnsupportedStateError, match="no memory"):
-            load_tensors(targets, sources)
+            copy_tensors(targets, sources)
         assert not other.any()
 
 
