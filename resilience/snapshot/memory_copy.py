@@ -22,6 +22,7 @@ __all__ = ["check_memory", "copy_blocks", "copy_others", "copy_tensors", "is_blo
 #: From how many bytes in all on they are copied around the cache: below, who hashes them next finds them in it.
 _STREAMED_BYTES: Final = 8 << 20
 _LARGE_BYTES: Final = 4 << 20
+_WITH_MEMORY: Final = frozenset((torch.Tensor, torch.nn.Parameter))
 _NO_MEMORY: Final = "a tensor that is to be saved has no memory: its storage was given back."
 
 
@@ -112,17 +113,20 @@ def _are_blocks(target: torch.Tensor, source: torch.Tensor) -> bool:
     return target.dtype == source.dtype and target.shape == source.shape and is_block(target) and is_block(source)
 
 
-def _lack_memory(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether one that has elements lies nowhere. Torch would copy it all the same, and end the process."""
-    if addresses(map(torch.Tensor.data_ptr, tensors)).all():
-        return False
-    return any(tensor.numel() > 0 and tensor.data_ptr() == 0 for tensor in tensors)
-
-
 def check_memory(tensor: torch.Tensor) -> None:
     """SaveFailedError where a tensor on the host that has elements lies nowhere: to read it would end the process."""
-    if tensor.numel() and not tensor.data_ptr():
+    if _lies_nowhere(tensor):
         raise SaveFailedError(_NO_MEMORY)
+
+
+def _lack_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether one that has elements lies nowhere. Torch would copy it all the same, and end the process."""
+    return not addresses(map(torch.Tensor.data_ptr, tensors)).all() and any(map(_lies_nowhere, tensors))
+
+
+def _lies_nowhere(tensor: torch.Tensor) -> bool:
+    """Not of wrappers (a DTensor), which have no memory of their own."""
+    return tensor.data_ptr() == 0 and tensor.numel() > 0 and type(tensor) in _WITH_MEMORY
 
 
 def read_block(block: torch.Tensor, start: int, count: int) -> bytes:
