@@ -38,7 +38,7 @@ class Quicker:
         self.decided = False
 
     def copy(self, targets: Addresses, origins: Addresses, sizes: Addresses) -> None:
-        """Any thread; what two threads find at a time is found once."""
+        """Any thread, and two at a time: then one trial more is made than is looked at."""
         parts = [] if self.decided else _parts(sizes)
         if not parts:
             self._way(targets, origins, sizes)
@@ -56,8 +56,9 @@ class Quicker:
 
     def _learn(self, ratio: float) -> None:
         self._ratios.append(ratio)
-        if len(self._ratios) >= _TRIALS:
-            pairs = [sqrt(one * other) for one, other in zip(self._ratios[::2], self._ratios[1::2], strict=False)]
+        if len(self._ratios) >= _TRIALS and not self.decided:
+            one_way, other_way = self._ratios[:_TRIALS:2], self._ratios[1:_TRIALS:2]
+            pairs = [sqrt(one * other) for one, other in zip(one_way, other_way, strict=True)]
             _, middle, _ = sorted(pairs)
             self._way = self._other if middle > _CLEARLY else self._usual
             self.decided = True
