@@ -26,10 +26,9 @@ from resilience.runtime.worker import Lane
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.device import CrossingPlan, SideStreams, plan_crossing
 from resilience.snapshot.layout import Layout, Piece
-from resilience.snapshot.memory_copy import copy_blocks, copy_others, is_block, lanes_copy_blocks
+from resilience.snapshot.memory_copy import Blocks, copy_blocks, copy_others, is_block, lanes_copy_blocks
 from resilience.snapshot.page_lock import page_lock
 from resilience.snapshot.sources import Cut
-from resilience.snapshot.streaming import Addresses, addresses
 from resilience.stores.pages import always
 
 __all__ = ["DONE", "Copy", "Copying", "Pair", "Part", "Witness"]
@@ -156,14 +155,15 @@ class _Host:
     """What is copied on the host, by the positions of the pieces."""
 
     blocks: list[int] = field(default_factory=list)
-    starts: Addresses = field(default_factory=lambda: addresses([]))  # where in the file each block is to lie
-    sizes: Addresses = field(default_factory=lambda: addresses([]))
+    places: Blocks = field(default_factory=lambda: Blocks.at([], []))  # where in the file the blocks are to lie
     others: list[int] = field(default_factory=list)
 
     def place(self, part: Part) -> None:
         """Once all positions are there."""
-        self.starts = addresses(part.layout.placed[position].start for position in self.blocks)
-        self.sizes = addresses(part.sources[position].nbytes for position in self.blocks)
+        self.places = Blocks.at(
+            (part.layout.placed[position].start for position in self.blocks),
+            (part.sources[position].nbytes for position in self.blocks),
+        )
 
 
 @dataclass
@@ -377,10 +377,11 @@ def _copy_host(parts: Sequence[Part], chosen: Sequence[_Host], pairs: Sequence[P
     sources = [source for _, source in pairs if not source.is_cuda]
     for part, host in zip(parts, chosen, strict=True):
         if host.blocks:
-            into = host.starts + addresses([part.arena.content.data_ptr()])
-            copy_blocks(into, _at(host.blocks, part.sources), host.sizes, in_lane=in_lane)
-        targets += _at(host.others, part.arena.views)
-        sources += _at(host.others, part.sources)
+            begin = part.arena.content.data_ptr()
+            copy_blocks(begin, host.places, _at(host.blocks, part.sources), in_lane=in_lane)
+        if host.others:
+            targets += _at(host.others, part.arena.views)
+            sources += _at(host.others, part.sources)
     copy_others(targets, sources)
 
 

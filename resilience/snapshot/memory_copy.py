@@ -9,7 +9,8 @@ bytes are all there is to copy.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -17,10 +18,20 @@ import torch
 from resilience.errors import SaveFailedError, UnsupportedStateError
 from resilience.snapshot.streaming import STREAMING, Addresses, addresses
 
-__all__ = ["check_memory", "copy_blocks", "copy_others", "copy_tensors", "is_block", "lanes_copy_blocks", "read_block"]
+__all__ = [
+    "Blocks",
+    "check_memory",
+    "copy_blocks",
+    "copy_others",
+    "copy_tensors",
+    "is_block",
+    "lanes_copy_blocks",
+    "read_block",
+]
 
 #: From how many bytes in all on they are copied around the cache: below, who hashes them next finds them in it.
 _STREAMED_BYTES: Final = 8 << 20
+_FEW: Final = 256  # small blocks that are copied sooner one by one than their addresses are put into arrays
 _LARGE_BYTES: Final = 4 << 20
 _WITH_MEMORY: Final = frozenset((torch.Tensor, torch.nn.Parameter))
 _NO_MEMORY: Final = "a tensor that is to be saved has no memory: its storage was given back."
@@ -56,23 +67,36 @@ def lanes_copy_blocks() -> bool:
     return STREAMING.much is not None
 
 
-def copy_blocks(
-    targets: Addresses, sources: Sequence[torch.Tensor], sizes: Addresses, *, in_lane: bool = False
-) -> None:
-    """Copy `sources`, which are blocks of `sizes` bytes, to the addresses `targets`.
+@dataclass(frozen=True)
+class Blocks:
+    """Where blocks are to lie, from some address on, and how many bytes each has."""
+
+    starts: Addresses
+    sizes: Addresses
+    nbytes: int  # of all
+
+    @classmethod
+    def at(cls, starts: Iterable[int], sizes: Iterable[int]) -> Blocks:
+        lengths = addresses(sizes)
+        return cls(addresses(starts), lengths, int(lengths.sum()))
+
+
+def copy_blocks(base: int, blocks: Blocks, sources: Sequence[torch.Tensor], *, in_lane: bool = False) -> None:
+    """Copy `sources`, which are the blocks, to where they are to lie from the address `base` on.
 
     Where a source lies is asked at each copy: memory that was given back and got anew (FSDP does that to the storage of
     its parameters) is another one. SaveFailedError, before anything is copied, where one has no memory at all.
     """
-    origins = addresses(map(torch.Tensor.data_ptr, sources))
-    if not origins.all():
+    origins = list(map(torch.Tensor.data_ptr, sources))
+    if 0 in origins:
         raise SaveFailedError(_NO_MEMORY)
-    together = STREAMING.much if in_lane or sizes.sum() >= _STREAMED_BYTES else STREAMING.little
-    if together is not None:
-        together(targets, origins, sizes)
+    little = blocks.nbytes < _STREAMED_BYTES and not in_lane
+    together = STREAMING.little if little else STREAMING.much
+    if together is not None and not (little and len(origins) <= _FEW):
+        together(blocks.starts + addresses([base]), addresses(origins), blocks.sizes)
         return
-    for target, origin, nbytes in zip(targets.tolist(), origins.tolist(), sizes.tolist(), strict=True):
-        (_copy_large if nbytes >= _LARGE_BYTES else _copy_small)(target, origin, nbytes)
+    for start, origin, nbytes in zip(blocks.starts.tolist(), origins, blocks.sizes.tolist(), strict=True):
+        (_copy_large if nbytes >= _LARGE_BYTES else _copy_small)(base + start, origin, nbytes)
 
 
 @torch.no_grad()
@@ -102,8 +126,8 @@ def copy_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor
         others = [place for place in others if not alike[place]]
     if blocks:
         into = [targets[place] for place in blocks]
-        sizes = addresses(target.nbytes for target in into)
-        copy_blocks(addresses(map(torch.Tensor.data_ptr, into)), [sources[place] for place in blocks], sizes)
+        places = Blocks.at(map(torch.Tensor.data_ptr, into), (target.nbytes for target in into))
+        copy_blocks(0, places, [sources[place] for place in blocks])
     if others:
         torch._foreach_copy_([targets[place] for place in others], [sources[place] for place in others])
 
@@ -121,7 +145,7 @@ def check_memory(tensor: torch.Tensor) -> None:
 
 def _lack_memory(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether one that has elements lies nowhere. Torch would copy it all the same, and end the process."""
-    return not addresses(map(torch.Tensor.data_ptr, tensors)).all() and any(map(_lies_nowhere, tensors))
+    return 0 in map(torch.Tensor.data_ptr, tensors) and any(map(_lies_nowhere, tensors))
 
 
 def _lies_nowhere(tensor: torch.Tensor) -> bool:

@@ -12,8 +12,8 @@ from torch import nn
 
 from resilience.errors import SaveFailedError, UnsupportedStateError
 from resilience.snapshot import memory_copy
-from resilience.snapshot.memory_copy import copy_blocks, copy_tensors, is_block, read_block
-from resilience.snapshot.streaming import STREAMING, Addresses, Streaming, addresses
+from resilience.snapshot.memory_copy import Blocks, copy_blocks, copy_tensors, is_block, read_block
+from resilience.snapshot.streaming import STREAMING, Streaming
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
@@ -53,11 +53,12 @@ def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         pytest.skip(STREAMING.why)
     monkeypatch.setattr(memory_copy, "STREAMING", Streaming(None) if alone else STREAMING)
     monkeypatch.setattr(memory_copy, "_STREAMED_BYTES", 1 << 40 if request.param == "through it" else 0)
+    monkeypatch.setattr(memory_copy, "_FEW", 0)
     return str(request.param)
 
 
-def pointers(tensors: list[torch.Tensor]) -> Addresses:
-    return addresses(each.data_ptr() for each in tensors)
+def blocks_of(tensors: list[torch.Tensor]) -> Blocks:
+    return Blocks.at((each.data_ptr() for each in tensors), (each.nbytes for each in tensors))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,7 +70,7 @@ def test_blocks_arrive_as_they_are_large_and_small(
     targets = [torch.zeros_like(source) for source in sources]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_copy, "_LARGE_BYTES", large)
-        copy_blocks(pointers(targets), sources, addresses(each.nbytes for each in sources))
+        copy_blocks(0, blocks_of(targets), sources)
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source.view(torch.uint8), target.view(torch.uint8))
 
@@ -78,9 +79,8 @@ def test_memory_that_was_given_back_fails_the_save_before_anything_is_copied(mea
     gone = torch.ones(8)
     gone.untyped_storage().resize_(0)
     target = torch.zeros(16)
-    into = addresses([target.data_ptr(), target.data_ptr() + 32])
     with pytest.raises(SaveFailedError, match="no memory"):
-        copy_blocks(into, [torch.ones(8), gone], addresses([32, 32]))
+        copy_blocks(target.data_ptr(), Blocks.at([0, 32], [32, 32]), [torch.ones(8), gone])
     assert not target.any()
 
 
@@ -91,7 +91,7 @@ def test_memory_that_was_had_anew_is_found_where_it_is_now(means: str) -> None:
     storage.resize_(0)
     storage.resize_(1 << 20)
     ctypes.memset(storage.data_ptr(), 1, 32)
-    copy_blocks(pointers([target]), [kept], addresses([32]))
+    copy_blocks(target.data_ptr(), Blocks.at([0], [32]), [kept])
     assert target.view(torch.uint8).eq(1).all()
 
 
@@ -146,7 +146,7 @@ def test_what_a_lane_copies_goes_around_the_cache_however_little_it_is(monkeypat
     monkeypatch.setattr(memory_copy, "STREAMING", STREAMING._replace(little=None))
     monkeypatch.setattr(memory_copy, "_copy_small", None)
     source, target = torch.randn(100), torch.zeros(100)
-    copy_blocks(pointers([target]), [source], addresses([400]), in_lane=True)
+    copy_blocks(0, blocks_of([target]), [source], in_lane=True)
     assert torch.equal(source, target)
 
 
