@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 
 from resilience.snapshot import streaming
-from resilience.snapshot.streaming import addresses, ways_of
+from resilience.snapshot.streaming import addresses, library_in, ways_of
 from resilience.stores.filesystem import PosixFileSystem
 
 _COUNTS: Final = (96, 5000)
@@ -53,7 +53,8 @@ def ways(count: int, place: Path, nbytes: int) -> dict[str, Callable[[], Any]]:
         "torch": lambda: torch._foreach_copy_(targets, sources),
         "memcpy": one_by_one,
     }
-    for library in Path(streaming.__file__).parent.glob("_streaming*.so"):
+    library = library_in(Path(streaming.__file__).parent)
+    if library is not None:
         around, through, _ = ways_of(library)
         found |= {"through the cache": together(through), "around the cache": together(around)}
     return found

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from resilience.formats.convert_parts import rows_of
 from resilience.formats.convert_source import PART_BYTES, StoredTensors
 from resilience.formats.keys import stored_key
@@ -133,10 +131,6 @@ def _bytes_of(path: str, tensors: StoredTensors) -> Iterator[memoryview]:
     row_bytes = math.prod(inner) * stored.dtype.itemsize
     rows = rows_of(shape, tensors.boxes(path), row_bytes, PART_BYTES) if shape else []
     for start, count in rows:
-        yield _view(tensors.part(path, ((start, *(0,) * len(inner)), (count, *inner))))
+        yield memory_of(tensors.part(path, ((start, *(0,) * len(inner)), (count, *inner))))
     if not shape:
-        yield _view(tensors.part(path, ((), ())))
-
-
-def _view(tensor: torch.Tensor) -> memoryview:
-    return memory_of(tensor)
+        yield memory_of(tensors.part(path, ((), ())))

@@ -165,7 +165,7 @@ class _Rank:
 
         def content() -> Iterator[memoryview]:
             for fragment in fragments:
-                piece = _bytes_of(self._part(fragment.part, fragment.overlap))
+                piece = memory_of(self._part(fragment.part, fragment.overlap))
                 checks.append(checksum(piece))
                 yield piece
 
@@ -208,7 +208,7 @@ class _Rank:
             number, overlap = chunk.own[0]
             if overlap.lengths[1:] == grid.chunk[1:] and not any(overlap.in_chunk):
                 region = self._part(number, overlap)
-                yield _bytes_of(region)
+                yield memory_of(region)
                 rows = grid.chunk[0] - overlap.lengths[0] if grid.chunk else 0
                 yield from _zeros(rows * (region.nbytes // overlap.lengths[0]) if rows else 0)
                 return
@@ -220,7 +220,7 @@ class _Rank:
             content = self._fragment(fragment, spilled, checks)
             part = torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(fragment.overlap.lengths)
             _into(box, fragment.overlap.in_chunk, fragment.overlap.lengths).copy_(part)
-        yield _bytes_of(box)
+        yield memory_of(box)
 
     def _fragment(self, fragment: Fragment, spilled: FolderFiles, checks: Mapping[int, Sequence[int]]) -> bytearray:
         name = _spill_file(fragment.rank)
@@ -267,10 +267,6 @@ class _Passing:
 
 def _spill_file(rank: int) -> str:
     return f"{SPILL}/rank_{rank}.bin"
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memory_of(tensor)
 
 
 def _into(tensor: torch.Tensor, starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 
 from resilience.snapshot.quicker import Addresses, CopyBlocks, Quicker
 
-__all__ = ["STREAMING", "Addresses", "Streaming", "addresses", "find_streaming", "ways_of"]
+__all__ = ["STREAMING", "Addresses", "Streaming", "addresses", "find_streaming", "library_in", "ways_of"]
 
 
 def addresses(numbers: Iterable[int]) -> Addresses:
@@ -42,7 +42,7 @@ class Streaming(NamedTuple):
 
 def find_streaming(folder: Path) -> Streaming:
     """What was compiled into `folder`, once it has shown that it copies what it is given and touches nothing else."""
-    compiled = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_streaming{suffix}").exists()), None)
+    compiled = library_in(folder)
     if compiled is None:
         return Streaming(None, why="it was not compiled when this package was installed, for want of a C compiler")
     try:
@@ -53,6 +53,11 @@ def find_streaming(folder: Path) -> Streaming:
         return Streaming(None, why=f"{compiled} does not copy what it is given")
     around, through, little = ways
     return Streaming(Quicker(around, through).copy, little)
+
+
+def library_in(folder: Path) -> Path | None:
+    """What the installation compiled, if it could."""
+    return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_streaming{suffix}").exists()), None)
 
 
 def ways_of(library: Path) -> tuple[CopyBlocks, CopyBlocks, CopyBlocks]:

@@ -123,7 +123,9 @@ def test_tensors_of_all_kinds_are_copied_as_torch_does(means: str) -> None:
         assert bytes(one.untyped_storage())[:whole] == bytes(other.untyped_storage())[:of_torch], "and nothing else"
 
 
-def test_no_tensors_are_loaded_without_a_word(means: str) -> None:
+def test_no_tensors_at_all_are_loaded_though_torch_refuses_that(means: str) -> None:
+    with pytest.raises(RuntimeError):
+        torch._foreach_copy_([], [])
     copy_tensors([], [])
 
 

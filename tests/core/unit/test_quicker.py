@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilience.snapshot.quicker import Addresses, Quicker
+from resilience.snapshot.quicker import Addresses, CopyBlocks, Quicker
 
 MIB = 1 << 20
 
@@ -20,7 +20,7 @@ class Machine:
         self.copied: list[tuple[str, int, int, int]] = []
         self.pace = pace
 
-    def way(self, name: str) -> None:
+    def way(self, name: str) -> CopyBlocks:
         def copy(targets: Addresses, origins: Addresses, sizes: Addresses) -> None:
             self.copied += [
                 (name, *each) for each in zip(targets.tolist(), origins.tolist(), sizes.tolist(), strict=True)
@@ -62,7 +62,7 @@ def test_small_blocks_at_one_end_do_not_decide() -> None:
     machine = Machine(usual=30, other=31)
     small = machine.way("usual"), machine.way("other")
 
-    def slow_if_small(way: int):  # type: ignore[no-untyped-def]
+    def slow_if_small(way: int) -> CopyBlocks:
         def copy(targets: Addresses, origins: Addresses, sizes: Addresses) -> None:
             small[way](targets, origins, sizes)
             machine.now += 2_000 * len(sizes)
